@@ -1,0 +1,1 @@
+"""What meshkit tells the outside: metrics, spans, logs."""
