@@ -1,0 +1,71 @@
+"""Time and chance, from one object that a test can replace."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import time
+from collections.abc import Callable
+from typing import Protocol
+
+
+class Timer(Protocol):
+    """A callback that was asked for and has perhaps not run yet."""
+
+    def cancel(self) -> None:
+        """Make sure that the callback does not run; nothing happens if it already has."""
+        ...
+
+
+class Clock(Protocol):
+    """Where meshkit asks for the time, waits, and rolls dice. All lengths are seconds."""
+
+    def now(self) -> float:
+        """Seconds on a clock that never goes back. Its zero means nothing: only differences do."""
+        ...
+
+    def time(self) -> float:
+        """Seconds since the epoch (UTC), as people and other machines see them."""
+        ...
+
+    async def sleep(self, seconds: float) -> None:
+        """Let other tasks run for so long."""
+        ...
+
+    def block(self, seconds: float) -> None:
+        """Hold this thread for so long: what a synchronous function has instead of `sleep`."""
+        ...
+
+    def call_at(self, when: float, callback: Callable[[], object]) -> Timer:
+        """Call `callback` from the running event loop once `now()` has reached `when`."""
+        ...
+
+    def random(self) -> float:
+        """A number in [0, 1)."""
+        ...
+
+
+class _SystemClock:
+    """The machine's own clocks and the default random generator."""
+
+    __slots__ = ()
+
+    now = staticmethod(time.monotonic)
+    time = staticmethod(time.time)
+    random = staticmethod(random.random)
+
+    async def sleep(self, seconds: float) -> None:
+        await asyncio.sleep(seconds)
+
+    def block(self, seconds: float) -> None:
+        time.sleep(seconds)
+
+    def call_at(self, when: float, callback: Callable[[], object]) -> Timer:
+        # By the length, not the point: another event loop than asyncio's may count from another zero.
+        return asyncio.get_running_loop().call_later(max(0.0, when - time.monotonic()), callback)
+
+    def __repr__(self) -> str:
+        return "SYSTEM_CLOCK"
+
+
+SYSTEM_CLOCK: Clock = _SystemClock()

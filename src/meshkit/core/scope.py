@@ -1,0 +1,112 @@
+"""What everybody who works on one request or one delivery shares: one mutable object in a context variable.
+
+The edge that opens a request or a delivery opens the Scope; child tasks share it. Policies write into it, edges read it
+when they answer. Without an edge, a pipeline's call opens one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+
+
+@dataclass(slots=True, kw_only=True)
+class Handling:
+    """The message that is being handled: from it, the ids of what the handler publishes are derived."""
+
+    message_id: str
+    queue: str
+    published: dict[str, int] = field(default_factory=dict)
+
+    def ordinal(self, kind: str) -> int:
+        """0 for the first message of `kind` that this delivery publishes, 1 for the second, and so on: the same
+        numbers again when the message is redelivered and the handler does the same in the same order."""
+        number = self.published.get(kind, 0)
+        self.published[kind] = number + 1
+        return number
+
+
+class Scope:
+    """Deadline, degraded marks, exhaustion and what a breaker said, for one request or delivery.
+
+    Attributes:
+        deadline: point on the clock's `now()` scale after which nobody waits for an answer; `None` is never.
+        handling: the message that is handled, `None` outside a delivery.
+    """
+
+    __slots__ = ("_degraded", "_exhausted", "_opened", "_parent", "deadline", "handling")
+
+    def __init__(
+        self, *, deadline: float | None = None, handling: Handling | None = None, parent: Scope | None = None
+    ) -> None:
+        self.deadline = deadline
+        self.handling = handling
+        self._parent = parent
+        self._degraded: list[str] = []
+        self._exhausted = False
+        self._opened: float | None = None
+
+    # A narrowed scope has a deadline of its own; all that it learns belongs to the request.
+
+    @property
+    def _root(self) -> Scope:
+        scope = self
+        while scope._parent is not None:
+            scope = scope._parent
+        return scope
+
+    @property
+    def degraded(self) -> tuple[str, ...]:
+        """Names of the fallbacks that answered, in order, each once."""
+        return tuple(self._root._degraded)
+
+    def mark_degraded(self, name: str) -> None:
+        """Say that fallback `name` answered in place of the real thing."""
+        marks = self._root._degraded
+        if name not in marks:
+            marks.append(name)
+
+    @property
+    def exhausted(self) -> bool:
+        """Whether retries below have been used up, so that trying again above would only multiply them."""
+        return self._root._exhausted
+
+    def mark_exhausted(self) -> None:
+        """Say that retries were used up."""
+        self._root._exhausted = True
+
+    @property
+    def opened(self) -> float | None:
+        """Seconds until the breaker that opened (or re-opened) during this request probes again; `None` if none did."""
+        return self._root._opened
+
+    def note_opened(self, retry_after: float) -> None:
+        """Say that a breaker opened. Of several, the one that stays open longest counts."""
+        root = self._root
+        root._opened = retry_after if root._opened is None else max(root._opened, retry_after)
+
+    def narrowed(self, deadline: float) -> Scope:
+        """A scope of the same request with a deadline that is not later than this one's."""
+        if self.deadline is not None:
+            deadline = min(deadline, self.deadline)
+        return Scope(deadline=deadline, handling=self.handling, parent=self)
+
+
+_current: ContextVar[Scope | None] = ContextVar("meshkit_scope", default=None)
+
+
+def current_scope() -> Scope | None:
+    """The scope of the request or delivery that runs here, `None` outside one."""
+    return _current.get()
+
+
+@contextmanager
+def scope_open(scope: Scope) -> Iterator[Scope]:
+    """Make `scope` the current one for the block, and for tasks that are started in it."""
+    token = _current.set(scope)
+    try:
+        yield scope
+    finally:
+        _current.reset(token)

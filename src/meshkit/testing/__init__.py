@@ -1,0 +1,1 @@
+"""What a test of a service needs: a clock, real servers, faults."""
