@@ -193,7 +193,7 @@ METRICS: tuple[Metric, ...] = (
             Label(
                 name="reason",
                 help="why the call itself had no answer",
-                values=("breaker_open", "bulkhead", "timeout", "retries_exhausted", "error"),
+                values=("breaker_open", "rejected", "timeout", "retries_exhausted", "error"),
             ),
             Label(name="result", help="whether the fallback had one", values=("success", "failure")),
         ),
@@ -280,8 +280,8 @@ METRICS: tuple[Metric, ...] = (
             _QUEUE,
             Label(
                 name="result",
-                help="`republished` went back to its own queue, `failed` and `dropped` did not",
-                values=("republished", "failed", "dropped"),
+                help="`republished` went back to its own queue, `failed` and `skipped` did not",
+                values=("republished", "failed", "skipped"),
             ),
         ),
     ),
@@ -357,7 +357,7 @@ METRICS: tuple[Metric, ...] = (
         help="Trace headers that were dropped on arrival.",
         labels=(
             Label(name="carrier", help="what brought the header", values=("http", "amqp")),
-            Label(name="reason", help="what is wrong with it", values=("malformed", "oversize")),
+            Label(name="reason", help="what is wrong with it", values=("malformed", "oversize", "type")),
         ),
     ),
     Metric(
