@@ -1,0 +1,124 @@
+"""An answer of our own where the real one cannot be had, and a mark that says so."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal, TypeVar, cast
+
+from meshkit.core.call import Call, Next, NextSync, Outcome
+from meshkit.core.events import FallbackUsed, emit
+from meshkit.core.scope import current_scope
+from meshkit.core.trace import tracer
+from meshkit.errors import ConfigurationError, RejectedError
+
+T = TypeVar("T")
+_Reason = Literal["breaker_open", "rejected", "timeout", "retries_exhausted", "error"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Fallback:
+    """Answer a failed call with something of our own.
+
+    That it did is visible: on the span, in a counter, and in the Scope, from which edges tell the caller
+    (`meshkit-degraded`). Cancellation is never answered.
+
+    Args:
+        answer: a value, or a function (plain or async) of the `Outcome` that failed. Its own error is raised, with the
+            first one as its cause.
+        name: what the mark says, `"last-known-price"`.
+        on: exception classes to answer. Where left out: any `Exception`, and results that the edge calls a failure.
+    """
+
+    answer: Any
+    name: str = "fallback"
+    on: type[Exception] | tuple[type[Exception], ...] | None = None
+
+    def __post_init__(self) -> None:
+        if not self.name or "," in self.name or ";" in self.name:
+            raise ConfigurationError(f"name goes into a header, so it is a word without , and ;, not {self.name!r}.")
+
+    def describe(self) -> dict[str, object]:
+        return {"kind": "fallback", "name": self.name}
+
+    async def run(self, call: Call, call_next: Next[T]) -> T:
+        try:
+            result = await call_next(call)
+        except Exception as error:
+            outcome = Outcome(error=error)
+            if not self._answers(call, outcome):
+                raise
+        else:
+            outcome = Outcome(result)
+            if not self._answers(call, outcome):
+                return result
+            if call.discard is not None:
+                await call.discard(result)
+        reason = self._reason(outcome)
+        try:
+            answer = self.answer(outcome) if callable(self.answer) else self.answer
+            if inspect.isawaitable(answer):
+                answer = await answer
+        except Exception as error:
+            raise self._failed(call, reason, outcome, error)  # noqa: B904 - the cause is set by _failed
+        self._answered(call, reason, outcome)
+        return cast("T", answer)
+
+    def run_sync(self, call: Call, call_next: NextSync[T]) -> T:
+        try:
+            result = call_next(call)
+        except Exception as error:
+            outcome = Outcome(error=error)
+            if not self._answers(call, outcome):
+                raise
+        else:
+            outcome = Outcome(result)
+            if not self._answers(call, outcome):
+                return result
+        reason = self._reason(outcome)
+        try:
+            answer = self.answer(outcome) if callable(self.answer) else self.answer
+        except Exception as error:
+            raise self._failed(call, reason, outcome, error)  # noqa: B904 - the cause is set by _failed
+        if inspect.isawaitable(answer):
+            cast("Callable[[], None]", getattr(answer, "close", lambda: None))()
+            raise ConfigurationError(
+                f"fallback {self.name!r} is a coroutine function, and the call it answers is a plain one."
+            )
+        self._answered(call, reason, outcome)
+        return cast("T", answer)
+
+    def _answers(self, call: Call, outcome: Outcome) -> bool:
+        if outcome.error is None:
+            return self.on is None and call.judge is not None and call.judge(outcome).breaker == "failure"
+        if self.on is None:
+            return not isinstance(outcome.error, ConfigurationError)
+        return isinstance(outcome.error, self.on)
+
+    def _reason(self, outcome: Outcome) -> _Reason:
+        # By the name of the class: CircuitOpenError lives beside pybreaker, which this file does without.
+        error = outcome.error
+        if isinstance(error, RejectedError):
+            return "breaker_open" if error.code == "MK501" else "rejected"
+        if isinstance(error, TimeoutError):
+            return "timeout"
+        scope = current_scope()
+        return "retries_exhausted" if scope is not None and scope.exhausted else "error"
+
+    def _answered(self, call: Call, reason: _Reason, outcome: Outcome) -> None:
+        scope = current_scope()
+        if scope is not None:
+            scope.mark_degraded(self.name)
+        emit(FallbackUsed(source=call.name, reason=reason, result="success", error_type=_error_type(outcome)))
+        tracer().current().event("meshkit.fallback", {"meshkit.fallback.reason": reason, "meshkit.fallback": self.name})
+
+    def _failed(self, call: Call, reason: _Reason, outcome: Outcome, error: Exception) -> Exception:
+        emit(FallbackUsed(source=call.name, reason=reason, result="failure", error_type=_error_type(outcome)))
+        if outcome.error is not None and error is not outcome.error and error.__cause__ is None:
+            error.__cause__ = outcome.error
+        return error
+
+
+def _error_type(outcome: Outcome) -> str:
+    return "" if outcome.error is None else type(outcome.error).__qualname__
