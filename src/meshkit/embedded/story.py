@@ -7,7 +7,7 @@ the picture; `tree`, `roots`, `orphans` and `services` are the questions a test 
 from __future__ import annotations
 
 import unicodedata
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any
@@ -82,9 +82,9 @@ class Node:
     orphan: bool = False
     children: list[Node] = field(default_factory=list)
 
-    def walk(self) -> Iterable[Node]:
+    def walk(self) -> Iterator[Node]:
         """This node and all below it, parents before their children."""
-        waiting = [self]
+        waiting: list[Node] = [self]
         while waiting:
             node = waiting.pop()
             yield node
