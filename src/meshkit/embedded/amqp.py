@@ -1,0 +1,1036 @@
+"""The protocol: connections and channels of AMQP 0-9-1, on the sockets of one event loop.
+
+All of it runs in callbacks of the loop and nothing waits, so a method of a client is carried out whole before the next.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import secrets
+from collections import OrderedDict
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+from pamqp import base, commands
+
+from meshkit.embedded import wire
+from meshkit.embedded.broker import Binding, Broker
+from meshkit.embedded.faults import Faults
+from meshkit.embedded.queues import Entry, Message, Queue, Refused, sender_selected
+from meshkit.embedded.wire import Malformed, Properties
+
+log = logging.getLogger("meshkit.embedded")
+
+PRODUCT = "meshkit-embedded"
+# Clients that adapt to a broker's version are to treat this one as the RabbitMQ whose rules it follows.
+FOLLOWS_VERSION = "3.10.8"
+CHANNEL_MAX = 2047
+FRAME_MAX = 131_072
+HEARTBEAT_SECONDS = 60
+MAX_BODY_BYTES = 134_217_728
+HANDSHAKE_SECONDS = 10.0
+CLOSE_SECONDS = 5.0
+# A client that does not read: beyond this nothing more is written for it, and nothing read from it.
+WRITE_HIGH_WATER = 1 << 20
+
+_DIRECT_REPLY_TO = "amq.rabbitmq.reply-to"
+# Why nothing is read from a client for now.
+_SLOW, _BLOCKED = "it does not read", "publishers are blocked"
+_GREETING = b"AMQP\x00\x00\x09\x01"
+
+
+@dataclass(slots=True, kw_only=True)
+class Hub:
+    """What all connections of a server share."""
+
+    broker: Broker
+    faults: Faults
+    user: str
+    password: str
+    connections: set[Connection] = field(default_factory=set)
+    connection_gone: Callable[[], None] = lambda: None
+
+
+def _method_frame(channel: int, method: base.Frame) -> bytes:
+    return wire.frame(wire.FRAME_METHOD, channel, method.index.to_bytes(4, "big") + method.marshal())
+
+
+class ChannelConsumer:
+    """One `basic.consume`: takes messages from its queue as long as prefetch and socket allow."""
+
+    __slots__ = ("_tag_bytes", "channel", "exclusive", "limit", "no_ack", "priority", "queue", "tag", "unacked")
+
+    def __init__(
+        self, channel: Channel, queue: Queue, tag: str, *, no_ack: bool, exclusive: bool, priority: int, limit: int
+    ) -> None:
+        self.channel = channel
+        self.queue = queue
+        self.tag = tag
+        self.no_ack = no_ack
+        self.exclusive = exclusive
+        self.priority = priority
+        self.limit = limit
+        self.unacked = 0
+        self._tag_bytes = wire.short_string(tag)
+
+    def can_take(self) -> bool:
+        channel = self.channel
+        if channel.closed or not channel.connection.writable:
+            return False
+        if self.no_ack:
+            return True
+        if self.limit and self.unacked >= self.limit:
+            return False
+        return not channel.shared_limit or channel.outstanding < channel.shared_limit
+
+    def take(self, entry: Entry) -> None:
+        delivery_tag = self.channel.hand_out(self.queue, entry, self)
+        message = entry.message
+        self.channel.connection.write(
+            wire.deliver_frame(
+                self.channel.number, self._tag_bytes, delivery_tag, entry.redelivered, message.exchange, message.routing_key
+            )
+        )  # fmt: skip
+        self.channel.write_content(message, _delivered_properties(self.queue, entry))
+
+    def queue_gone(self) -> None:
+        self.channel.consumer_gone(self)
+
+
+def _delivered_properties(queue: Queue, entry: Entry) -> Properties:
+    properties = entry.message.properties
+    if not (queue.quorum and entry.returns):
+        return properties
+    return properties.replace(headers={**properties.headers, "x-delivery-count": wire.long_field(entry.returns)})
+
+
+@dataclass(slots=True)
+class _Incoming:
+    """A publish whose content has not arrived whole."""
+
+    exchange: str
+    routing_key: str
+    mandatory: bool
+    properties: Properties | None = None
+    size: int = 0
+    received: int = 0
+    pieces: list[bytes] = field(default_factory=list)
+
+
+class Channel:
+    """One channel: consumers, unacked deliveries, confirms, and the methods of AMQP that act on the broker."""
+
+    def __init__(self, connection: Connection, number: int) -> None:
+        self.connection = connection
+        self.number = number
+        self.broker = connection.hub.broker
+        self.closed = False
+        # A global prefetch, shared by all consumers, and how many deliveries count towards it.
+        self.shared_limit = 0
+        self.outstanding = 0
+        self._prefetch = 0
+        self._consumers: dict[str, ChannelConsumer] = {}
+        # Ordered, because a multiple ack takes from the old end, and a dict is slow there.
+        self._unacked: OrderedDict[int, tuple[Queue, Entry, ChannelConsumer | None]] = OrderedDict()
+        self._delivery_tag = 0
+        self._confirming = False
+        self._published = 0
+        self._settled_up_to = 0
+        self._to_confirm: list[int] = []
+        self._incoming: _Incoming | None = None
+        self._last_queue = ""
+        self._reply_token: str | None = None
+        self._reply_tag = ""
+
+    # -- to the client --
+
+    def send(self, method: base.Frame) -> None:
+        self.connection.write(_method_frame(self.number, method))
+
+    def write_content(self, message: Message, properties: Properties) -> None:
+        self.connection.write(wire.content_frames(self.number, properties.raw, message.body, self.connection.frame_max))
+
+    def hand_out(self, queue: Queue, entry: Entry, consumer: ChannelConsumer | None, *, no_ack: bool = False) -> int:
+        """Give a delivery its tag and note it as unacked, where it is to be acked."""
+        self._delivery_tag += 1
+        if no_ack or (consumer is not None and consumer.no_ack):
+            queue.ack([entry])
+        else:
+            self._unacked[self._delivery_tag] = (queue, entry, consumer)
+            if consumer is not None:
+                consumer.unacked += 1
+                self.outstanding += 1
+        return self._delivery_tag
+
+    def consumer_gone(self, consumer: ChannelConsumer) -> None:
+        """Its queue was deleted: tell a client that understands it."""
+        if (
+            self._consumers.pop(consumer.tag, None)
+            and not self.closed
+            and self.connection.can("consumer_cancel_notify")
+        ):
+            self.send(commands.Basic.Cancel(consumer.tag, nowait=True))
+
+    def deliver(self) -> None:
+        """The client may be able to take more than before."""
+        for consumer in list(self._consumers.values()):
+            if not consumer.queue.gone:
+                consumer.queue.deliver()
+
+    # -- end --
+
+    def close(self) -> None:
+        """Give back what the client had: unacked messages first, in order, then the places of its consumers."""
+        if self.closed:
+            return
+        self.closed = True
+        by_queue: dict[Queue, list[Entry]] = {}
+        for queue, entry, _ in self._unacked.values():
+            by_queue.setdefault(queue, []).append(entry)
+        self._unacked.clear()
+        for queue, entries in by_queue.items():
+            queue.requeue(entries, lost=True)
+        for consumer in list(self._consumers.values()):
+            consumer.queue.remove(consumer)
+        self._consumers.clear()
+        if self._reply_token is not None:
+            self.broker.reply_consumers.pop(self._reply_token, None)
+
+    # -- content --
+
+    def on_method(self, payload: bytes) -> None:
+        if self._incoming is not None:
+            raise Refused(505, "expected content header for class 60, got non content header frame instead")
+        if payload[:4] == b"\x00\x3c\x00\x28":
+            exchange, routing_key, mandatory, immediate = wire.read_publish(payload)
+            if immediate:
+                raise Refused(540, "immediate=true")
+            self._incoming = _Incoming(exchange, routing_key, mandatory)
+            return
+        method = _read_method(payload)
+        handler = _CHANNEL_METHODS.get(type(method))
+        if handler is None:
+            raise Refused(540, f"{method.name} is not implemented by {PRODUCT}")
+        handler(self, method)
+
+    def on_header(self, payload: bytes) -> None:
+        incoming = self._incoming
+        if incoming is None or incoming.properties is not None:
+            raise Refused(505, "expected method frame, got non method frame instead")
+        class_id, incoming.size, raw = wire.read_content_header(payload)
+        if class_id != commands.Basic.frame_id:
+            raise Refused(505, f"expected content header for class 60, got one for class {class_id} instead")
+        incoming.properties = Properties(raw)
+        if incoming.size > MAX_BODY_BYTES:
+            self._incoming = None
+            raise Refused(406, f"message size {incoming.size} is larger than configured max size {MAX_BODY_BYTES}")
+        if not incoming.size:
+            self._publish(incoming, incoming.properties)
+
+    def on_body(self, payload: bytes) -> None:
+        incoming = self._incoming
+        if incoming is None or incoming.properties is None:
+            raise Refused(505, "expected method frame, got non method frame instead")
+        incoming.received += len(payload)
+        if incoming.received > incoming.size:
+            raise Refused(501, f"{incoming.received} bytes of content where the header announced {incoming.size}")
+        incoming.pieces.append(payload)
+        if incoming.received == incoming.size:
+            self._publish(incoming, incoming.properties)
+
+    def _publish(self, incoming: _Incoming, properties: Properties) -> None:
+        self._incoming = None
+        if self._confirming:
+            self._published += 1
+            if self.connection.hub.faults.next_publish() == "nack":
+                self._confirm(self._published, accepted=False)
+                return
+        exchange = self.broker.exchanges.get(incoming.exchange)
+        if exchange is not None and exchange.internal:
+            raise Refused(403, f"cannot publish to internal exchange '{incoming.exchange}' in vhost '/'")
+        keys, properties = sender_selected(self._checked(properties))
+        message = Message(b"".join(incoming.pieces), properties, incoming.exchange, incoming.routing_key, keys)
+        outcome = self.broker.publish(message)
+        if incoming.mandatory and not outcome.routed:
+            self.connection.write(
+                wire.return_frame(self.number, 312, "NO_ROUTE", message.exchange, message.routing_key)
+            )
+            self.write_content(message, properties)
+        if self._confirming:
+            self._confirm(self._published, accepted=outcome.accepted)
+
+    def _checked(self, properties: Properties) -> Properties:
+        user = properties.text("user_id")
+        if user is not None and user != self.connection.hub.user:
+            raise Refused(
+                406, f"user_id property set to '{user}' but authenticated user was '{self.connection.hub.user}'"
+            )
+        expiration = properties.text("expiration")
+        if expiration is not None and not (expiration.isascii() and expiration.isdigit() and len(expiration) <= 12):
+            raise Refused(406, f"invalid expiration '{expiration}': milliseconds in digits are expected")
+        if properties.text("reply_to") == _DIRECT_REPLY_TO:
+            if self._reply_token is None:
+                raise Refused(406, "fast reply consumer does not exist")
+            return properties.replace(reply_to=self._reply_token)
+        _ = properties.headers  # malformed headers are the publisher's to hear of, not the consumer's
+        return properties
+
+    # -- confirms --
+
+    def _confirm(self, tag: int, *, accepted: bool) -> None:
+        if self.connection.hub.faults.next_confirm() == "drop":
+            return
+        if accepted:
+            self._to_confirm.append(tag)
+            self.connection.confirm_soon(self)
+        else:
+            self.flush_confirms()
+            self.send(commands.Basic.Nack(tag, requeue=False))
+            if self._settled_up_to == tag - 1:
+                self._settled_up_to = tag
+
+    def flush_confirms(self) -> None:
+        """Send the confirms of this turn: one for all, where no gap would be covered by it."""
+        tags, self._to_confirm = self._to_confirm, []
+        if not tags or self.closed:
+            return
+        if self._settled_up_to + len(tags) == tags[-1]:
+            self._settled_up_to = tags[-1]
+            self.send(commands.Basic.Ack(tags[-1], len(tags) > 1))
+            return
+        for tag in tags:
+            self.send(commands.Basic.Ack(tag))
+
+    # -- methods: the channel --
+
+    def _flow(self, method: commands.Channel.Flow) -> None:
+        if not method.active:
+            raise Refused(540, "active=false")
+        self.send(commands.Channel.FlowOk(True))
+
+    def _confirm_select(self, method: commands.Confirm.Select) -> None:
+        self._confirming = True
+        if not method.nowait:
+            self.send(commands.Confirm.SelectOk())
+
+    # -- methods: exchanges --
+
+    def _exchange_declare(self, method: commands.Exchange.Declare) -> None:
+        self.broker.declare_exchange(
+            method.exchange,
+            method.exchange_type,
+            durable=method.durable,
+            auto_delete=method.auto_delete,
+            internal=method.internal,
+            arguments=method.arguments or {},
+            passive=method.passive,
+        )
+        if not method.nowait:
+            self.send(commands.Exchange.DeclareOk())
+
+    def _exchange_delete(self, method: commands.Exchange.Delete) -> None:
+        self.broker.delete_exchange(method.exchange, if_unused=method.if_unused)
+        if not method.nowait:
+            self.send(commands.Exchange.DeleteOk())
+
+    def _exchange_bind(self, method: commands.Exchange.Bind) -> None:
+        binding = _binding(False, method.destination, method.routing_key, method.arguments)
+        self.broker.bind(method.source, binding, owner=self.connection)
+        if not method.nowait:
+            self.send(commands.Exchange.BindOk())
+
+    def _exchange_unbind(self, method: commands.Exchange.Unbind) -> None:
+        binding = _binding(False, method.destination, method.routing_key, method.arguments)
+        self.broker.unbind(method.source, binding, owner=self.connection)
+        if not method.nowait:
+            self.send(commands.Exchange.UnbindOk())
+
+    # -- methods: queues --
+
+    def _named(self, name: str) -> str:
+        """An empty name means the queue that this channel declared last."""
+        if name:
+            return name
+        if not self._last_queue:
+            raise Refused(404, "no previously declared queue")
+        return self._last_queue
+
+    def _queue_declare(self, method: commands.Queue.Declare) -> None:
+        if method.queue.startswith(_DIRECT_REPLY_TO):
+            known = method.queue == _DIRECT_REPLY_TO or method.queue in self.broker.reply_consumers
+            if not known:
+                raise Refused(404, f"no queue '{method.queue}' in vhost '/'")
+            self.send(commands.Queue.DeclareOk(method.queue, 0, 1 if method.queue != _DIRECT_REPLY_TO else 0))
+            return
+        queue = self.broker.declare_queue(
+            self._named("") if method.passive and not method.queue else method.queue,
+            durable=method.durable,
+            exclusive=method.exclusive,
+            auto_delete=method.auto_delete,
+            arguments=method.arguments or {},
+            passive=method.passive,
+            owner=self.connection,
+        )
+        self._last_queue = queue.name
+        if not method.nowait:
+            self.send(commands.Queue.DeclareOk(queue.name, len(queue), len(queue.consumers)))
+
+    def _queue_bind(self, method: commands.Queue.Bind) -> None:
+        name = self._named(method.queue)
+        key = method.routing_key or ("" if method.queue else name)
+        self.broker.bind(method.exchange, _binding(True, name, key, method.arguments), owner=self.connection)
+        if not method.nowait:
+            self.send(commands.Queue.BindOk())
+
+    def _queue_unbind(self, method: commands.Queue.Unbind) -> None:
+        name = self._named(method.queue)
+        key = method.routing_key or ("" if method.queue else name)
+        self.broker.unbind(method.exchange, _binding(True, name, key, method.arguments), owner=self.connection)
+        self.send(commands.Queue.UnbindOk())
+
+    def _queue_purge(self, method: commands.Queue.Purge) -> None:
+        dropped = self.broker.queue(self._named(method.queue), owner=self.connection).purge()
+        if not method.nowait:
+            self.send(commands.Queue.PurgeOk(dropped))
+
+    def _queue_delete(self, method: commands.Queue.Delete) -> None:
+        dropped = self.broker.delete_queue(
+            self._named(method.queue), if_unused=method.if_unused, if_empty=method.if_empty, owner=self.connection
+        )
+        if not method.nowait:
+            self.send(commands.Queue.DeleteOk(dropped))
+
+    # -- methods: consuming --
+
+    def _qos(self, method: commands.Basic.Qos) -> None:
+        if method.prefetch_size:
+            raise Refused(540, f"prefetch_size!=0 ({method.prefetch_size})")
+        if method.global_:
+            self.shared_limit = method.prefetch_count
+        else:
+            self._prefetch = method.prefetch_count
+        self.send(commands.Basic.QosOk())
+        self.deliver()
+
+    def _consume(self, method: commands.Basic.Consume) -> None:
+        tag = method.consumer_tag or f"amq.ctag-{secrets.token_urlsafe(16)}"
+        if tag in self._consumers:
+            raise Refused(530, f"attempt to reuse consumer tag '{tag}'")
+        if method.queue == _DIRECT_REPLY_TO:
+            self._consume_replies(tag, method)
+            return
+        queue = self.broker.queue(self._named(method.queue), owner=self.connection)
+        if queue.exclusively_consumed or (method.exclusive and queue.consumers):
+            raise Refused(403, f"queue '{queue.name}' in vhost '/' in exclusive use")
+        priority = (method.arguments or {}).get("x-priority", 0)
+        if not isinstance(priority, int):
+            raise Refused(406, f"invalid arg 'x-priority' for consumer '{tag}': {priority!r} is no integer")
+        if "x-stream-offset" in (method.arguments or {}):
+            raise Refused(406, f"invalid arg 'x-stream-offset' for consumer '{tag}': {PRODUCT} has no streams")
+        consumer = ChannelConsumer(
+            self,
+            queue,
+            tag,
+            no_ack=method.no_ack,
+            exclusive=method.exclusive,
+            priority=priority,
+            limit=self._prefetch,
+        )
+        self._consumers[tag] = consumer
+        queue.add(consumer)
+        if not method.nowait:
+            self.send(commands.Basic.ConsumeOk(tag))
+        queue.deliver()
+
+    def _consume_replies(self, tag: str, method: commands.Basic.Consume) -> None:
+        if not method.no_ack:
+            raise Refused(406, "reply consumer cannot acknowledge")
+        if self._reply_token is not None:
+            raise Refused(406, "reply consumer already set")
+        token = self._reply_token = f"{_DIRECT_REPLY_TO}.{secrets.token_urlsafe(16)}"
+        tag_bytes = wire.short_string(tag)
+
+        def reply(message: Message) -> None:
+            # Nobody stores a reply; a requester that does not read has to lose it rather than fill the memory.
+            if self.closed or not self.connection.writable:
+                return
+            self._delivery_tag += 1
+            self.connection.write(
+                wire.deliver_frame(
+                    self.number, tag_bytes, self._delivery_tag, False, message.exchange, message.routing_key
+                )
+            )
+            self.write_content(message, message.properties)
+
+        self.broker.reply_consumers[token] = reply
+        self._reply_tag = tag
+        if not method.nowait:
+            self.send(commands.Basic.ConsumeOk(tag))
+
+    def _cancel(self, method: commands.Basic.Cancel) -> None:
+        tag = method.consumer_tag or ""
+        consumer = self._consumers.pop(tag, None)
+        if consumer is None and self._reply_token is not None and tag == self._reply_tag:
+            self.broker.reply_consumers.pop(self._reply_token)
+            self._reply_token = None
+        # The answer goes before the queue does, where this was the last consumer of an auto-delete queue.
+        if not method.nowait:
+            self.send(commands.Basic.CancelOk(tag))
+        if consumer is not None:
+            consumer.queue.remove(consumer)
+
+    def _get(self, method: commands.Basic.Get) -> None:
+        queue = self.broker.queue(self._named(method.queue), owner=self.connection)
+        if queue.exclusively_consumed:
+            raise Refused(403, f"queue '{queue.name}' in vhost '/' in exclusive use")
+        entry = queue.get()
+        if entry is None:
+            self.send(commands.Basic.GetEmpty())
+            return
+        tag = self.hand_out(queue, entry, None, no_ack=method.no_ack)
+        message = entry.message
+        self.connection.write(
+            wire.get_ok_frame(self.number, tag, entry.redelivered, message.exchange, message.routing_key, len(queue))
+        )
+        self.write_content(message, _delivered_properties(queue, entry))
+
+    # -- methods: settling --
+
+    def _ack(self, method: commands.Basic.Ack) -> None:
+        self._settle(method.delivery_tag, method.multiple, Queue.ack)
+
+    def _nack(self, method: commands.Basic.Nack) -> None:
+        self._refuse(method.delivery_tag, method.multiple, method.requeue)
+
+    def _reject(self, method: commands.Basic.Reject) -> None:
+        self._refuse(method.delivery_tag or 0, False, method.requeue)
+
+    def _refuse(self, tag: int, multiple: bool, requeue: bool) -> None:
+        if requeue:
+            self._settle(tag, multiple, lambda queue, entries: queue.requeue(entries, lost=False))
+        else:
+            self._settle(tag, multiple, Queue.reject)
+
+    def _recover(self, method: commands.Basic.Recover | commands.Basic.RecoverAsync) -> None:
+        if not method.requeue:
+            raise Refused(540, "requeue=false")
+        self._settle(0, True, lambda queue, entries: queue.requeue(entries, lost=False))
+        if isinstance(method, commands.Basic.Recover):
+            self.send(commands.Basic.RecoverOk())
+
+    def _settle(self, tag: int, multiple: bool, act: Callable[[Queue, list[Entry]], object]) -> None:
+        by_queue: dict[Queue, list[Entry]] = {}
+        for queue, entry, consumer in self._take_unacked(tag, multiple):
+            if consumer is not None:
+                consumer.unacked -= 1
+                self.outstanding -= 1
+            by_queue.setdefault(queue, []).append(entry)
+        for queue, entries in by_queue.items():
+            act(queue, entries)
+            if not queue.gone:
+                queue.deliver()
+        if self.shared_limit:
+            self.deliver()
+
+    def _take_unacked(self, tag: int, multiple: bool) -> Iterable[tuple[Queue, Entry, ChannelConsumer | None]]:
+        if tag == 0 and multiple:
+            taken = list(self._unacked.values())
+            self._unacked.clear()
+            return taken
+        if tag not in self._unacked:
+            raise Refused(406, f"unknown delivery tag {tag}")
+        if not multiple:
+            return [self._unacked.pop(tag)]
+        taken = []
+        last = None
+        while last != tag:
+            last, delivery = self._unacked.popitem(last=False)
+            taken.append(delivery)
+        return taken
+
+
+def _binding(to_queue: bool, target: str, key: str, arguments: dict[str, Any] | None) -> Binding:
+    return Binding(to_queue, target, key, tuple(sorted((k, _frozen(v)) for k, v in (arguments or {}).items())))
+
+
+def _frozen(value: Any) -> Any:
+    """A table value that can be compared and hashed, as bindings are."""
+    if isinstance(value, dict):
+        return tuple(sorted((k, _frozen(v)) for k, v in value.items()))
+    if isinstance(value, (list, bytearray)):
+        return tuple(_frozen(item) for item in value)
+    return value
+
+
+_CHANNEL_METHODS: dict[type[base.Frame], Callable[[Channel, Any], None]] = {
+    commands.Channel.Flow: Channel._flow,
+    commands.Confirm.Select: Channel._confirm_select,
+    commands.Exchange.Declare: Channel._exchange_declare,
+    commands.Exchange.Delete: Channel._exchange_delete,
+    commands.Exchange.Bind: Channel._exchange_bind,
+    commands.Exchange.Unbind: Channel._exchange_unbind,
+    commands.Queue.Declare: Channel._queue_declare,
+    commands.Queue.Bind: Channel._queue_bind,
+    commands.Queue.Unbind: Channel._queue_unbind,
+    commands.Queue.Purge: Channel._queue_purge,
+    commands.Queue.Delete: Channel._queue_delete,
+    commands.Basic.Qos: Channel._qos,
+    commands.Basic.Consume: Channel._consume,
+    commands.Basic.Cancel: Channel._cancel,
+    commands.Basic.Get: Channel._get,
+    commands.Basic.Ack: Channel._ack,
+    commands.Basic.Nack: Channel._nack,
+    commands.Basic.Reject: Channel._reject,
+    commands.Basic.Recover: Channel._recover,
+    commands.Basic.RecoverAsync: Channel._recover,
+}
+
+
+def _read_method(payload: bytes) -> base.Frame:
+    index = int.from_bytes(payload[:4], "big")
+    kind = commands.INDEX_MAPPING.get(index)
+    if kind is None or len(payload) < 4:
+        raise Refused(540, f"no method {index >> 16}.{index & 0xFFFF} in AMQP 0-9-1")
+    method: base.Frame = kind()
+    try:
+        method.unmarshal(payload[4:])
+    except Exception as error:  # pamqp lets through what struct, datetime and str raise for bytes that are none
+        raise Refused(502, f"{method.name} cannot be read: {error}") from error
+    return method
+
+
+class Connection(asyncio.Protocol):
+    """One client: handshake, heartbeats, frames in and out, and the errors that end it."""
+
+    def __init__(self, hub: Hub) -> None:
+        self.hub = hub
+        self.frame_max = FRAME_MAX
+        self.writable = True
+        self.client_properties: dict[str, Any] = {}
+        self._transport: asyncio.Transport
+        self._channels: dict[int, Channel] = {}
+        # Channels that we closed with an error, until the client has said that it knows.
+        self._closing_channels: set[int] = set()
+        self._on_method: Callable[[base.Frame], None] = self._on_start_ok
+        self._state: str = "greeting"
+        self._channel_max = CHANNEL_MAX
+        self._heartbeat = 0.0
+        self._rest = bytearray()
+        self._out: list[bytes] = []
+        self._out_bytes = 0
+        self._reading = False
+        self._flush_planned = False
+        self._to_confirm: dict[Channel, None] = {}
+        self._received_any = self._sent_any = False
+        self._silent_ticks = 0
+        self._buffered_before = 0
+        self._timer: asyncio.TimerHandle | None = None
+        self._alarm: str | None = hub.faults.blocked
+        self._stopped_reading: set[str] = set()
+        self._class_and_method = (0, 0)
+
+    @property
+    def client_name(self) -> str:
+        """The client property `connection_name`; empty where the client sent none."""
+        name = self.client_properties.get("connection_name", "")
+        return name if isinstance(name, str) else ""
+
+    def can(self, capability: str) -> bool:
+        """Whether the client said that it has this capability."""
+        capabilities = self.client_properties.get("capabilities")
+        return isinstance(capabilities, dict) and capabilities.get(capability) is True
+
+    # -- the socket --
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        assert isinstance(transport, asyncio.Transport)
+        self._transport = transport
+        transport.set_write_buffer_limits(high=WRITE_HIGH_WATER)
+        if self.hub.faults.refusing_connections:
+            transport.abort()
+            return
+        self.hub.connections.add(self)
+        self._timer = asyncio.get_running_loop().call_later(HANDSHAKE_SECONDS, self._transport.abort)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._state = "closed"
+        self.writable = False
+        if self._timer is not None:
+            self._timer.cancel()
+        self._end_channels()
+        self.hub.connections.discard(self)
+        self.hub.connection_gone()
+
+    def data_received(self, data: bytes) -> None:
+        self._received_any = True
+        self._rest += data
+        self._reading = True
+        try:
+            self._read_frames()
+        except Refused as refused:
+            self._close_with(refused)
+        except Malformed as malformed:
+            self._close_with(Refused(502, str(malformed)))
+        except Exception:
+            log.exception("a defect of the server, met by the connection %r", self.client_name)
+            self._close_with(Refused(541, "a defect of the server; its log has the traceback"))
+        finally:
+            self._reading = False
+            self._flush_confirms()
+            self._flush()
+
+    def pause_writing(self) -> None:
+        self.writable = False
+        self._stop_reading(_SLOW)
+
+    def resume_writing(self) -> None:
+        if self._state != "open":
+            return
+        self.writable = True
+        self._resume_reading(_SLOW)
+        for channel in list(self._channels.values()):
+            channel.deliver()
+
+    def _stop_reading(self, why: str) -> None:
+        if not self._stopped_reading and not self._transport.is_closing():
+            self._transport.pause_reading()
+        self._stopped_reading.add(why)
+
+    def _resume_reading(self, why: str) -> None:
+        self._stopped_reading.discard(why)
+        if not self._stopped_reading and not self._transport.is_closing():
+            self._transport.resume_reading()
+
+    def write(self, data: bytes) -> None:
+        """Send bytes with this turn of the loop; many small frames then cost one system call."""
+        if self._state == "closed":
+            return
+        self._out.append(data)
+        self._out_bytes += len(data)
+        if self._out_bytes > WRITE_HIGH_WATER:
+            self._flush()
+        elif not self._reading and not self._flush_planned:
+            self._flush_planned = True
+            asyncio.get_running_loop().call_soon(self._flush)
+
+    def _flush(self) -> None:
+        self._flush_planned = False
+        if not self._out:
+            return
+        out, self._out, self._out_bytes = self._out, [], 0
+        if self._state != "closed" and not self._transport.is_closing():
+            self._sent_any = True
+            self._transport.write(b"".join(out))
+
+    def confirm_soon(self, channel: Channel) -> None:
+        """Confirm at the end of this turn, so that a burst of publishes gets one confirm."""
+        self._to_confirm[channel] = None
+
+    def _flush_confirms(self) -> None:
+        channels, self._to_confirm = self._to_confirm, {}
+        for channel in channels:
+            channel.flush_confirms()
+
+    # -- faults --
+
+    def cut(self) -> None:
+        """End the TCP connection with a reset, as a broken network would."""
+        self._transport.abort()
+
+    def set_blocked(self, reason: str | None) -> None:
+        """End a resource alarm, or (with a reason) begin one: as in RabbitMQ it is felt at the next publish."""
+        self._alarm = reason
+        if reason is None and _BLOCKED in self._stopped_reading:
+            if self.can("connection.blocked"):
+                self.write(_method_frame(0, commands.Connection.Unblocked()))
+            self._resume_reading(_BLOCKED)
+            self.data_received(b"")  # what had arrived by then
+
+    def _block(self, reason: str) -> None:
+        if self.can("connection.blocked"):
+            self.write(_method_frame(0, commands.Connection.Blocked(reason)))
+        self._stop_reading(_BLOCKED)
+
+    def close_channels(self, code: int, text: str) -> None:
+        for number in list(self._channels):
+            self._close_channel(number, Refused(code, text))
+
+    # -- frames --
+
+    def _read_frames(self) -> None:
+        data, at = self._rest, 0
+        try:
+            if self._state == "greeting":
+                if len(data) < 8:
+                    if not _GREETING.startswith(bytes(data[:4])):
+                        self._wrong_protocol()
+                    return
+                if data[:8] != _GREETING:
+                    self._wrong_protocol()
+                    return
+                at = 8
+                self._greet()
+            while len(data) - at >= 7 and self._state not in ("closed", "dropped"):
+                if _BLOCKED in self._stopped_reading:
+                    return
+                kind, number, size = wire._frame_head.unpack_from(data, at)
+                if size + wire.FRAME_OVERHEAD > self.frame_max:
+                    raise Refused(501, f"type {kind}, size {size}: larger than the negotiated {self.frame_max} bytes")
+                end = at + 7 + size
+                if len(data) <= end:
+                    return
+                if data[end] != 0xCE:
+                    raise Refused(501, f"type {kind}, size {size}: a frame ends with 206, not with {data[end]}")
+                payload = bytes(data[at + 7 : end])
+                at = end + 1
+                self._on_frame(kind, number, payload)
+        finally:
+            del data[:at]
+
+    def _wrong_protocol(self) -> None:
+        # What a client of another protocol or version is to learn: the one that is spoken here.
+        self._transport.write(_GREETING)
+        self._drop()
+
+    def _drop(self) -> None:
+        """Close the socket once what is written has left, and soon even if nobody reads it."""
+        self._flush()
+        if self._state == "closed":
+            return
+        self._state = "dropped"
+        self._rest.clear()
+        self._transport.close()
+        if self._timer is not None:
+            self._timer.cancel()
+        self._timer = asyncio.get_running_loop().call_later(CLOSE_SECONDS, self._transport.abort)
+
+    def _on_frame(self, kind: int, number: int, payload: bytes) -> None:
+        if kind == wire.FRAME_HEARTBEAT:
+            if number:
+                raise Refused(501, f"a heartbeat belongs on channel 0, not on {number}")
+            return
+        if kind not in (wire.FRAME_METHOD, wire.FRAME_HEADER, wire.FRAME_BODY):
+            raise Refused(501, f"type {kind} is no frame of AMQP 0-9-1")
+        if number == 0:
+            self._on_connection_frame(kind, payload)
+        elif self._state == "closing":
+            return  # what the client sent before it read our close
+        elif self._state != "open":
+            raise Refused(504, f"channel {number} is used before the connection is open")
+        else:
+            self._on_channel_frame(kind, number, payload)
+
+    def _on_connection_frame(self, kind: int, payload: bytes) -> None:
+        if kind != wire.FRAME_METHOD:
+            raise Refused(503, f"channel 0 carries methods, not frames of type {kind}")
+        method = _read_method(payload)
+        if self._state == "closing":
+            if isinstance(method, commands.Connection.CloseOk):
+                self._drop()
+            elif isinstance(method, commands.Connection.Close):
+                self.write(_method_frame(0, commands.Connection.CloseOk()))
+            return
+        self._class_and_method = (method.index >> 16, method.index & 0xFFFF)
+        if isinstance(method, commands.Connection.Close):
+            self._end_channels()
+            self.write(_method_frame(0, commands.Connection.CloseOk()))
+            self._drop()
+            return
+        self._on_method(method)
+
+    def _on_channel_frame(self, kind: int, number: int, payload: bytes) -> None:
+        is_method = kind == wire.FRAME_METHOD
+        if is_method:
+            self._class_and_method = (int.from_bytes(payload[:2], "big"), int.from_bytes(payload[2:4], "big"))
+        if number in self._closing_channels:
+            if is_method and self._class_and_method == (20, 41):
+                self._closing_channels.discard(number)
+            elif is_method and self._class_and_method == (20, 40):
+                self.write(_method_frame(number, commands.Channel.CloseOk()))
+            return
+        channel = self._channels.get(number)
+        if is_method and self._class_and_method[0] in (10, 20) and self._class_and_method != (20, 20):
+            self._on_channel_life(number, channel, payload)
+            return
+        if channel is None:
+            raise Refused(504, f"expected 'channel.open' on channel {number}")
+        try:
+            if kind == wire.FRAME_METHOD:
+                channel.on_method(payload)
+                if self._alarm is not None and self._class_and_method == (60, 40):
+                    self._block(self._alarm)
+            elif kind == wire.FRAME_HEADER:
+                channel.on_header(payload)
+            else:
+                channel.on_body(payload)
+        except Refused as refused:
+            if refused.hard:
+                raise
+            self._close_channel(number, refused)
+
+    def _on_channel_life(self, number: int, channel: Channel | None, payload: bytes) -> None:
+        method = _read_method(payload)
+        if isinstance(method, commands.Channel.Open):
+            if number > self._channel_max:
+                raise Refused(530, f"channel number {number} is greater than the negotiated channel_max {self._channel_max}")  # fmt: skip
+            if channel is not None:
+                raise Refused(504, f"second 'channel.open' seen on channel {number}")
+            self._channels[number] = Channel(self, number)
+            self.write(_method_frame(number, commands.Channel.OpenOk()))
+        elif isinstance(method, commands.Channel.Close):
+            if channel is not None:
+                channel.flush_confirms()
+                del self._channels[number]
+                channel.close()
+            self.write(_method_frame(number, commands.Channel.CloseOk()))
+        elif not isinstance(method, commands.Channel.CloseOk):
+            raise Refused(503, f"{method.name} does not belong on channel {number}")
+
+    def _close_channel(self, number: int, refused: Refused) -> None:
+        channel = self._channels.pop(number)
+        channel.flush_confirms()
+        self._closing_channels.add(number)
+        log.info("channel %d of %r closed: %s", number, self.client_name, refused.text)
+        self.write(_method_frame(number, commands.Channel.Close(refused.code, refused.text[:255], *self._class_and_method)))  # fmt: skip
+        channel.close()
+
+    def _end_channels(self) -> None:
+        # First all are closed to deliveries: what the first gives back must not go to the second.
+        self.writable = False
+        for channel in list(self._channels.values()):
+            channel.close()
+        self._channels.clear()
+        self.hub.broker.delete_queues_of(self)
+
+    def _close_with(self, refused: Refused) -> None:
+        """A hard error: say why, and give the client a little time to answer."""
+        if self._state in ("closing", "closed", "dropped"):
+            self._drop()
+            return
+        log.info("connection %r closed: %s", self.client_name, refused.text)
+        if self._state == "greeting":
+            self._drop()
+            return
+        self._flush_confirms()
+        close = commands.Connection.Close(refused.code, refused.text[:255], *self._class_and_method)
+        self.write(_method_frame(0, close))
+        self._end_channels()
+        self._state = "closing"
+        self._rest.clear()
+        if self._timer is not None:
+            self._timer.cancel()
+        self._timer = asyncio.get_running_loop().call_later(CLOSE_SECONDS, self._drop)
+
+    def shut_down(self) -> None:
+        """The server stops."""
+        reads = self.writable
+        self._close_with(Refused(320, "broker forced connection closure with reason 'shutdown'"))
+        if reads:
+            self._drop()
+        else:
+            self._transport.abort()  # it would not read the goodbye either
+
+    # -- handshake --
+
+    def _greet(self) -> None:
+        self._state = "handshake"
+        capabilities = dict.fromkeys(
+            (
+                "publisher_confirms",
+                "exchange_exchange_bindings",
+                "basic.nack",
+                "consumer_cancel_notify",
+                "connection.blocked",
+                "consumer_priorities",
+                "authentication_failure_close",
+                "per_consumer_qos",
+                "direct_reply_to",
+            ),
+            True,
+        )
+        properties: dict[str, Any] = {
+            "product": PRODUCT,
+            "version": FOLLOWS_VERSION,
+            "platform": "Python",
+            "information": "For development and tests: follows the rules of RabbitMQ, keeps nothing after it ends",
+            "capabilities": capabilities,
+        }
+        self.write(_method_frame(0, commands.Connection.Start(0, 9, properties, "PLAIN", "en_US")))
+
+    def _on_start_ok(self, method: base.Frame) -> None:
+        if not isinstance(method, commands.Connection.StartOk):
+            raise Refused(503, f"{method.name} where connection.start-ok was expected")
+        self.client_properties = method.client_properties or {}
+        if method.mechanism != "PLAIN":
+            raise Refused(504, f"mechanism {method.mechanism!r} was not offered; PLAIN was")
+        response: str | bytes = method.response
+        raw = response.encode() if isinstance(response, str) else response
+        secret = f"\0{self.hub.user}\0{self.hub.password}".encode()
+        if self.hub.faults.refusing_logins or not secrets.compare_digest(raw, secret):
+            log.info("login of %r refused", self.client_name)
+            if self.can("authentication_failure_close"):
+                raise Refused(403, "Login was refused using authentication mechanism PLAIN. For details see the broker logfile.")  # fmt: skip
+            self._drop()
+            return
+        self._on_method = self._on_tune_ok
+        self.write(_method_frame(0, commands.Connection.Tune(CHANNEL_MAX, FRAME_MAX, HEARTBEAT_SECONDS)))
+
+    def _on_tune_ok(self, method: base.Frame) -> None:
+        if not isinstance(method, commands.Connection.TuneOk):
+            raise Refused(503, f"{method.name} where connection.tune-ok was expected")
+        for what, value, most in (
+            ("frame_max", method.frame_max, FRAME_MAX),
+            ("channel_max", method.channel_max, CHANNEL_MAX),
+        ):
+            if not 0 < value <= most:
+                asked = value or "no limit"
+                raise Refused(530, f"negotiated {what} = {asked} is higher than the maximum allowed value ({most})")
+        if method.frame_max < wire.FRAME_MIN_SIZE:
+            raise Refused(530, f"negotiated frame_max = {method.frame_max} is lower than the minimum allowed value ({wire.FRAME_MIN_SIZE})")  # fmt: skip
+        self.frame_max = method.frame_max
+        self._channel_max = method.channel_max
+        self._heartbeat = float(method.heartbeat)
+        self._on_method = self._on_open
+
+    def _on_open(self, method: base.Frame) -> None:
+        if not isinstance(method, commands.Connection.Open):
+            raise Refused(503, f"{method.name} where connection.open was expected")
+        if method.virtual_host != "/":
+            raise Refused(530, f"vhost {method.virtual_host} not found")
+        self._state = "open"
+        self._on_method = self._on_open_connection
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        if self._heartbeat:
+            self._timer = asyncio.get_running_loop().call_later(self._heartbeat / 2, self._beat)
+        self.write(_method_frame(0, commands.Connection.OpenOk()))
+
+    def _on_open_connection(self, method: base.Frame) -> None:
+        code = 540 if isinstance(method, commands.Connection.UpdateSecret) else 503
+        raise Refused(code, f"{method.name} is not taken on an open connection by {PRODUCT}")
+
+    # -- heartbeats: in real time, whatever clock drives the queues --
+
+    def _beat(self) -> None:
+        """Every half interval: send where nothing was sent, cut where nothing came for two intervals."""
+        self._timer = asyncio.get_running_loop().call_later(self._heartbeat / 2, self._beat)
+        buffered = self._transport.get_write_buffer_size()
+        # Where we have stopped reading because the client does not read, progress there is its sign of life; where
+        # we read nothing because publishers are blocked, its silence is our doing.
+        draining = bool(self._stopped_reading) and buffered < self._buffered_before
+        ours = _BLOCKED in self._stopped_reading
+        self._buffered_before = buffered
+        alive = self._received_any or draining or ours
+        self._silent_ticks = 0 if alive else self._silent_ticks + 1
+        self._received_any = False
+        if self._silent_ticks >= 4:
+            log.info("connection %r cut: no heartbeat for %.1f s", self.client_name, 2 * self._heartbeat)
+            self._transport.abort()
+            return
+        if not self._sent_any and self.writable:
+            self.write(wire.HEARTBEAT_FRAME)
+            self._flush()
+        self._sent_any = False
