@@ -1,0 +1,56 @@
+import logging
+
+from meshkit.core.events import CircuitRejected, Event, RetryEnded, emit, heard, listen
+
+
+def rejected(source="payments"):
+    return CircuitRejected(source=source, retry_after=None)
+
+
+def test_a_listener_hears_its_kind_until_it_stops():
+    """Only events of the kind are heard, subclasses included, and none after the stop."""
+    own, every = [], []
+    stop_own, stop_every = listen(own.append, kind=CircuitRejected), listen(every.append, kind=Event)
+    emit(rejected())
+    emit(RetryEnded(source="x", attempts=1, reason="attempts", error_type=""))
+    stop_own()
+    stop_own()
+    emit(rejected())
+    stop_every()
+    emit(rejected())
+    assert (1, 3) == (len(own), len(every))
+
+
+def test_a_listener_s_error_goes_no_further(caplog):
+    """The other listeners still hear, the emitter sees nothing, and the log says so."""
+    seen = []
+
+    def fails(event):
+        raise RuntimeError("listener")
+
+    stops = [listen(fails, kind=CircuitRejected), listen(seen.append, kind=CircuitRejected)]
+    with caplog.at_level(logging.WARNING, "meshkit"):
+        emit(rejected())
+    for stop in stops:
+        stop()
+    assert 1 == len(seen)
+    assert ["a listener of CircuitRejected failed; the call goes on"] == [record.message for record in caplog.records]
+
+
+def test_the_same_function_twice_is_two_listeners():
+    """Each registration ends by its own stop."""
+    seen = []
+    first, second = (listen(seen.append, kind=CircuitRejected) for _ in range(2))
+    first()
+    emit(rejected())
+    second()
+    assert 1 == len(seen)
+
+
+def test_nobody_listening_is_known():
+    """A hot path can leave out an event that nobody would hear."""
+    assert not heard(CircuitRejected)
+    stop = listen(lambda event: None, kind=Event)
+    assert heard(CircuitRejected)
+    stop()
+    assert not heard(CircuitRejected)

@@ -1,0 +1,275 @@
+import asyncio
+
+import pytest
+import tenacity
+
+from meshkit import (
+    Backoff,
+    CircuitOpenError,
+    ConfigurationError,
+    Pipeline,
+    Retry,
+    Scope,
+    current_attempt,
+    listen,
+)
+from meshkit.core.call import Call, Judgement, Outcome
+from meshkit.core.events import RetryEnded, RetryScheduled
+from meshkit.core.scope import scope_open
+
+FULL = Backoff(jitter=lambda cap: cap)
+
+
+def scripted(*outcomes):
+    """An async function that comes to one of `outcomes` a call, and a list of the attempts it saw."""
+    left, seen = list(outcomes), []
+
+    async def fn():
+        seen.append(current_attempt())
+        outcome = left.pop(0)
+        if isinstance(outcome, BaseException):
+            raise outcome
+        return outcome
+
+    return fn, seen
+
+
+async def test_waits_double_until_a_try_succeeds(clock):
+    """Each wait is twice the one before."""
+    fn, seen = scripted(OSError(), OSError(), "ok")
+    retry = Retry(on=OSError, attempts=3, backoff=FULL, clock=clock)
+    assert "ok" == await Pipeline("prices", retry).call(fn)
+    assert [0.1, 0.2] == clock.sleeps
+    assert [1, 2, 3] == seen
+
+
+async def test_the_last_real_error_is_raised_with_a_note(clock):
+    """When attempts run out, the last error itself comes out, and a note on it says what ended the retry."""
+    last = OSError("third")
+    fn, _ = scripted(OSError("first"), OSError("second"), last)
+    with pytest.raises(OSError, match="third") as caught:
+        await Pipeline("prices", Retry(on=OSError, backoff=FULL, clock=clock)).call(fn)
+    assert caught.value is last
+    assert ["meshkit: gave up on 'prices' after 3 attempts, ended by attempts"] == last.__notes__
+
+
+async def test_an_error_that_is_not_listed_ends_it_at_once(clock):
+    """An error that `on` does not list is raised after one attempt, without a note."""
+    fn, seen = scripted(KeyError("x"))
+    with pytest.raises(KeyError) as caught:
+        await Pipeline("prices", Retry(on=OSError, clock=clock)).call(fn)
+    assert [1] == seen
+    assert not hasattr(caught.value, "__notes__")
+
+
+async def test_cancellation_is_never_retried(clock):
+    """A cancelled attempt is the last one, and the cancellation comes out as it is."""
+    fn, seen = scripted(asyncio.CancelledError(), "ok")
+    with pytest.raises(asyncio.CancelledError):
+        await Pipeline("prices", Retry(clock=clock)).call(fn)
+    assert [1] == seen
+
+
+async def test_a_wait_that_would_pass_the_deadline_is_not_begun(clock):
+    """With 1 s left and 2 s to wait, the error is raised now and not in 1 s."""
+    fn, seen = scripted(OSError(), "ok")
+    with scope_open(Scope(deadline=clock.now() + 1.0)), pytest.raises(OSError):
+        await Pipeline("prices", Retry(backoff=Backoff(first=2, jitter=lambda cap: cap), clock=clock)).call(fn)
+    assert [1] == seen
+    assert [] == clock.sleeps
+
+
+async def test_what_the_other_side_asks_for_is_the_least_that_is_waited(clock):
+    """`retry_after` of an error is honoured, with up to 10 % on top."""
+
+    class Busy(Exception):
+        retry_after = 4.0
+
+    fn, _ = scripted(Busy(), "ok")
+    clock.chance = 0.5
+    assert "ok" == await Pipeline("prices", Retry(backoff=FULL, clock=clock)).call(fn)
+    assert [pytest.approx(4.2)] == clock.sleeps
+
+
+async def test_an_open_breaker_ends_it(clock):
+    """A rejection is not retried: nothing was sent, and nothing would be."""
+    fn, seen = scripted(CircuitOpenError(policy="prices", retry_after=3.0), "ok")
+    with pytest.raises(CircuitOpenError):
+        await Pipeline("prices", Retry(clock=clock)).call(fn)
+    assert [1] == seen
+
+
+async def test_a_patient_retry_waits_for_the_breaker(clock):
+    """With `patient`, the breaker's `retry_after` joins the wait."""
+    fn, seen = scripted(CircuitOpenError(policy="prices", retry_after=3.0), "ok")
+    clock.chance = 0.0
+    assert "ok" == await Pipeline("prices", Retry(patient=True, clock=clock)).call(fn)
+    assert [3.0] == clock.sleeps
+    assert [1, 2] == seen
+
+
+async def test_results_are_retried_where_the_edge_says_so_and_disposed_of(clock):
+    """A result that the judge would retry is discarded before the next attempt; the last one is handed out."""
+    discarded = []
+
+    async def discard(result):
+        discarded.append(result)
+
+    def judge(outcome):
+        return Judgement(retry=outcome.result != 200, breaker="failure", error_type=str(outcome.result))
+
+    answers = [503, 502, 504]
+
+    async def send(call):
+        return answers[call.attempt - 1]
+
+    call = Call("prices", judge=judge, discard=discard)
+    assert 504 == await Retry(clock=clock).run(call, send)
+    assert [503, 502] == discarded
+
+
+async def test_exhausted_below_is_not_multiplied(clock):
+    """Where the other side says that it has retried enough, there is one attempt, and the scope says so further up."""
+    tried = []
+
+    async def send(call):
+        tried.append(call.attempt)
+        return 503
+
+    call = Call("prices", judge=lambda outcome: Judgement(retry=True, exhausted=True))
+    with scope_open(Scope()) as scope:
+        assert 503 == await Retry(clock=clock).run(call, send)
+    assert [1] == tried
+    assert scope.exhausted
+
+
+async def test_each_attempt_has_its_own_end(clock):
+    """What an inner policy asked for by `on_end` is told once for each attempt, as that attempt ends."""
+    told = []
+
+    async def send(call):
+        call.on_end(lambda outcome, n=call.attempt: told.append((n, type(outcome.error).__name__)))
+        if call.attempt < 3:
+            raise OSError
+        return "ok"
+
+    call = Call("prices")
+    call.on_end(lambda outcome: told.append(("all", outcome.result)))
+    result = await Retry(clock=clock).run(call, send)
+    assert [(1, "OSError"), (2, "OSError")] == told
+    call.end(Outcome(result))
+    assert [(1, "OSError"), (2, "OSError"), (3, "NoneType"), ("all", "ok")] == told
+
+
+async def test_events_say_what_was_scheduled_and_what_ended_it(clock):
+    """Each wait is an event, and so is the end, with its reason."""
+    heard = []
+    stops = [listen(heard.append, kind=RetryScheduled), listen(heard.append, kind=RetryEnded)]
+    try:
+        fn, _ = scripted(OSError(), OSError())
+        with pytest.raises(OSError):
+            await Pipeline("prices", Retry(attempts=2, backoff=FULL, clock=clock)).call(fn)
+    finally:
+        for stop in stops:
+            stop()
+    assert [
+        RetryScheduled(source="prices", attempt=1, delay=0.1, error_type="OSError"),
+        RetryEnded(source="prices", attempts=2, reason="attempts", error_type="OSError"),
+    ] == heard
+
+
+@pytest.mark.parametrize("sync", [False, True], ids=["async", "plain"])
+async def test_tenacity_strategies_decide(clock, sync):
+    """tenacity's retry, wait and stop objects are asked, with attempt numbers and idle time as they know them."""
+    strategies = {
+        "retry": tenacity.retry_if_exception_type(OSError) | tenacity.retry_if_result(lambda result: result is None),
+        "wait": tenacity.wait_incrementing(start=1, increment=2),
+        "stop": tenacity.stop_after_attempt(4),
+    }
+    outcomes = [OSError(), None, OSError(), "ok"]
+
+    def fn():
+        outcome = outcomes.pop(0)
+        if isinstance(outcome, Exception):
+            raise outcome
+        return outcome
+
+    async def afn():
+        return fn()
+
+    pipeline = Pipeline("prices", Retry(**strategies, clock=clock))
+    assert "ok" == (pipeline.call_sync(fn) if sync else await pipeline.call(afn))
+    assert [1, 3, 5] == clock.sleeps
+
+
+async def test_async_tenacity_strategies_are_awaited(clock):
+    """An async predicate is awaited in a coroutine, and refused in a plain function that would have to wait for it."""
+
+    async def wanted(error):
+        await asyncio.sleep(0)
+        return isinstance(error, OSError)
+
+    strategy = tenacity.asyncio.retry_if_exception(wanted)
+    fn, seen = scripted(OSError(), "ok")
+    assert "ok" == await Pipeline("prices", Retry(retry=strategy, clock=clock)).call(fn)
+    assert [1, 2] == seen
+
+    def plain():
+        raise OSError
+
+    with pytest.raises(ConfigurationError, match="async tenacity strategy"):
+        Pipeline("prices", Retry(retry=strategy, clock=clock)).call_sync(plain)
+
+
+def test_a_plain_function_is_retried_too(clock):
+    """A plain function is called again after a wait that holds the thread."""
+    outcomes = [OSError(), "ok"]
+
+    @Pipeline("prices", Retry(backoff=FULL, clock=clock))
+    def fetch():
+        outcome = outcomes.pop(0)
+        if isinstance(outcome, Exception):
+            raise outcome
+        return outcome
+
+    assert "ok" == fetch()
+    assert [0.1] == clock.sleeps
+
+
+async def test_concurrent_calls_keep_their_own_attempts(clock):
+    """100 calls at the same time through one Retry take two attempts each."""
+    retry = Retry(backoff=Backoff(first=0), clock=clock)
+
+    async def one():
+        seen = []
+
+        async def fn():
+            seen.append(current_attempt())
+            await asyncio.sleep(0)
+            if len(seen) == 1:
+                raise OSError
+            return seen
+
+        return await Pipeline("prices", retry).call(fn)
+
+    assert [[1, 2]] * 100 == await asyncio.gather(*(one() for _ in range(100)))
+
+
+def test_huge_attempt_numbers_do_not_overflow(clock):
+    """The wait after attempt 5,000 is the longest one, not an error."""
+    assert 10.0 == FULL.wait(5000, clock)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        ({"attempts": 0}, "1 or above"),
+        ({"within": 0}, "above 0"),
+        ({"on": asyncio.CancelledError}, "never retried"),
+        ({"on": OSError, "retry": tenacity.retry_always}, "Give one"),
+    ],
+)
+def test_wrong_options_say_what_would_be_right(wrong, said):
+    """A value that cannot work is refused when the policy is made."""
+    with pytest.raises(ConfigurationError, match=said):
+        Retry(**wrong)
