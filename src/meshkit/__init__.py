@@ -104,7 +104,7 @@ _PUBLIC = {
 }
 _MODULES = ("embedded", "fastapi", "httpx", "rabbitmq", "sqlalchemy", "telemetry", "testing", "worker")
 
-__all__ = [  # noqa: PLE0604 - the names are text, made from the table above
+__all__ = [
     "__version__",
     *_PUBLIC,
     *_MODULES,

@@ -28,6 +28,7 @@ ONLY_IN = {
     "tenacity": {"policies/retry.py"},
     "prometheus_client": {"telemetry/"},
     "opentelemetry": {"telemetry/", "embedded/otlp.py"},
+    "google": {"embedded/otlp.py"},  # protobuf, which comes with opentelemetry-proto
     "aio_pika": {"rabbitmq/"},
     "aiormq": {"rabbitmq/"},
     "pamqp": {"rabbitmq/", "embedded/"},
