@@ -119,7 +119,7 @@ unless (
   and
   last_over_time(meshkit:dlq_messages[<1h>] offset <1d>)
 )""",
-        summary="{{ $labels.queue }}.dlq has grown to {{ $value }} dead letters",
+        summary="{{ $labels.queue }}.dlq has grown. Dead letters in it: {{ $value }}",
         description=(
             "Messages of {{ $labels.queue }} (vhost {{ $labels.vhost }}) were given up within the last day and lie in "
             "{{ $labels.queue }}.dlq. Look at their causes, mend them, replay. The alert lasts until the queue is back "
@@ -147,7 +147,7 @@ and
 min_over_time(meshkit:dlq_messages[<1d>]) > 0
 and
 last_over_time(meshkit:dlq_messages[<1h>] offset <1d>)""",
-        summary="{{ $labels.queue }}.dlq holds {{ $value }} dead letters and was not empty for a day",
+        summary="{{ $labels.queue }}.dlq was not empty for a day. Dead letters in it: {{ $value }}",
         description=(
             "Nobody has replayed or dropped the dead letters of {{ $labels.queue }} (vhost {{ $labels.vhost }}). What "
             "they stand for has not happened. Replay them, or drop them on purpose."
