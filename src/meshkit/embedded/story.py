@@ -413,7 +413,7 @@ class _Page:
         self._total = max(1, max(max(span.start, span.end) for span in spans) - self._start)
         tops = tree(spans)
         depth: dict[int, int] = {}
-        wanted = 0
+        wanted = 28  # what a folded line needs
         for head in tops:
             for node in head.walk():
                 deep = depth.setdefault(id(node), 0)
@@ -457,7 +457,8 @@ class _Page:
         ]
         said = [f"{glyph} {meaning}" for glyph, meaning in legend if glyph in self._seen]
         if said:
-            self._lines += ["", self._paint("  " + "   ".join(said), _DIM)]
+            self._lines.append("")
+            self._lines += [self._paint(line, _DIM) for line in self._wrapped(said, between="   ")]
         return "\n".join(line.rstrip() for line in self._lines) + "\n"
 
     # one trace
@@ -468,7 +469,7 @@ class _Page:
             self._lines.append("")
         origin = story[0].trace_id if story else None
         self._lines.append(self._paint(f"{title} {spans[0].trace_id}", _BOLD))
-        self._lines += self._wrapped(glyphs.dot.join(self._facts(spans)))
+        self._lines += self._wrapped(self._facts(spans), between=glyphs.dot)
         if story is not None:
             self._lines += self._linked(spans, story)
         self._lines.append(self._axis())
@@ -478,7 +479,7 @@ class _Page:
             self._draw(row)
 
     def _facts(self, spans: list[SpanRecord]) -> list[str]:
-        took = max(span.end for span in spans) - spans[0].start
+        took = max(max(span.start, span.end) for span in spans) - spans[0].start
         failed = sum(span.status == "error" for span in spans)
         dead = sum(_is_dead_letter_hop(span) for span in spans)
         facts = [
@@ -516,15 +517,14 @@ class _Page:
         ]
         return lines if len(lines) <= 4 else [*lines[:3], f"  and {len(lines) - 3} links more"]
 
-    def _wrapped(self, text: str) -> list[str]:
-        lines, line = [], ""
-        for word in text.split(" "):
-            if line and _cells(line) + 1 + _cells(word) > self._width - 2:
-                lines.append(line)
-                line = word
+    def _wrapped(self, parts: Iterable[str], *, between: str) -> list[str]:
+        lines: list[str] = []
+        for part in parts:
+            if lines and _cells(lines[-1] + between + part) <= self._width:
+                lines[-1] += between + part
             else:
-                line = f"{line} {word}" if line else word
-        return ["  " + part for part in (*lines, line)]
+                lines.append(f"  {part}")
+        return lines
 
     def _axis(self) -> str:
         lane = [" "] * self._lane
@@ -565,9 +565,10 @@ class _Page:
         if _is_dead_letter_hop(span):
             colour = _MAGENTA
         wait = end
-        if _is_retry_hop(span) and isinstance(delay := span.attributes["meshkit.retry.delay"], (int, float)):
+        delay = span.attributes.get("meshkit.retry.delay")
+        if _is_retry_hop(span) and isinstance(delay, (int, float)) and delay > 0:
             # What was asked for, not when the next attempt came: a late one then shows as a gap.
-            wait = min(end + int(delay * 1e9), self._start + self._total)
+            wait = end + int(min(delay * 1e9, self._total))
         return _Row(
             stem, under, _clean(span.service), _clean(span.name), glyph, span.start, end, wait,
             [_clean(note) for note in _notes(node, siblings, story, self._glyphs.link)],
@@ -627,14 +628,13 @@ class _Page:
 
         mark, red = (glyphs.error, _RED) if row.error else (" ", "")
         stem = self._stem(row.stem)
-        label = stem + (f"{row.glyph} " if row.glyph else " " if stem else "") + row.name
-        if _cells(label) > self._name and row.service:
+        lead = stem + (f"{row.glyph} " if row.glyph else " " if stem else "")
+        label = lead + row.name
+        operation, own, event = row.name.partition(f" {row.service}.")
+        if own and _cells(label) > self._name:
             # A queue is called <service>.<event>; in its own service's line the first half is said already.
-            label = label.replace(f" {row.service}.", f" {glyphs.cut}", 1)
-            if _cells(label) > self._name and glyphs.cut in label:
-                head, _, tail = label.partition(glyphs.cut)
-                tail = _take(tail[::-1], max(0, self._name - _cells(head + glyphs.cut)))[::-1]
-                label = f"{head}{glyphs.cut}{tail}"
+            lead += f"{operation} {glyphs.cut}"
+            label = lead + _take(event[::-1], max(0, self._name - _cells(lead)))[::-1]
         self._lines.append(
             f"{self._paint(mark, red)} {self._fit(row.service, self._service, middle=False)} "
             f"{self._paint(self._fit(label, self._name), red)} {self._runs(lane, style)} "
