@@ -248,6 +248,13 @@ async def test_takes_chunked_bodies_with_trailers() -> None:
         assert (200, 3) == (got.status, len(receiver.spans()))
 
 
+async def test_identity_is_no_encoding() -> None:
+    """A body that says `Content-Encoding: identity` is read as it is."""
+    async with OtlpReceiver() as receiver, httpx.AsyncClient(base_url=receiver.url) as client:
+        response = await client.post("/v1/traces", content=body(), headers=PROTOBUF | {"content-encoding": "identity"})
+        assert (200, 1) == (response.status_code, len(receiver.spans()))
+
+
 async def test_asks_for_the_body_where_the_client_waits() -> None:
     """A client that sends `Expect: 100-continue` gets its 100 before it has to send the body."""
     one = body()

@@ -297,7 +297,7 @@ def _too_large(limit: int) -> _Refused:
 
 
 def _unpacked(body: bytes, encoding: str, limit: int) -> bytes:
-    if encoding in ("", "identity"):
+    if not encoding:
         return body
     if encoding not in ("gzip", "deflate"):
         raise _Refused(
@@ -530,7 +530,8 @@ class OtlpReceiver:
                 HTTPStatus.UNSUPPORTED_MEDIA_TYPE,
                 f"content-type must be {PROTOBUF} or {JSON}, not {request.content_type or 'absent'}",
             )
-        plain = _unpacked(body, request.headers.get("content-encoding", "").lower(), self._max_body)
+        encoding = request.headers.get("content-encoding", "").lower().removeprefix("identity")
+        plain = _unpacked(body, encoding, self._max_body)
         try:
             if len(plain) < _DECODE_IN_THREAD:
                 spans, rejected = _decode(plain, request.content_type)
@@ -542,7 +543,7 @@ class OtlpReceiver:
             self._record(plain, request.content_type)
         self._hold(spans)
         if self._forwarder is not None and spans:
-            self._forwarder.put(_Batch(body, request.headers, len(spans), time.monotonic()))
+            self._forwarder.put(_Batch(body, request.content_type, encoding, len(spans), time.monotonic()))
         return request.content_type, _accepted(request.content_type, rejected)
 
     def _record(self, body: bytes, content_type: str) -> None:
@@ -640,7 +641,8 @@ async def _linger(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) ->
 @dataclass(frozen=True, slots=True)
 class _Batch:
     body: bytes
-    headers: Mapping[str, str]
+    content_type: str  # without parameters: collectors compare it as it stands
+    content_encoding: str
     spans: int
     since: float
 
@@ -774,23 +776,19 @@ class _Forwarder:
         """Sends one body on a connection of its own. Returns why it was refused for good, "" where it was taken."""
         reader, writer = await asyncio.open_connection(self._host, self._port, ssl=self._tls, limit=_HEAD_LIMIT)
         try:
-            kept = "".join(
-                f"{name}: {batch.headers[name]}\r\n"
-                for name in ("content-type", "content-encoding")
-                if name in batch.headers
+            encoding = f"content-encoding: {batch.content_encoding}\r\n" if batch.content_encoding else ""
+            head = (
+                f"POST {self._path} HTTP/1.1\r\nhost: {self._netloc}\r\ncontent-type: {batch.content_type}\r\n{encoding}"
+                f"content-length: {len(batch.body)}\r\nuser-agent: meshkit-otlp-receiver\r\nconnection: close\r\n\r\n"
             )
-            writer.write(
-                f"POST {self._path} HTTP/1.1\r\nhost: {self._netloc}\r\n{kept}content-length: {len(batch.body)}\r\n"
-                f"user-agent: meshkit-otlp-receiver\r\nconnection: close\r\n\r\n".encode("latin-1")
-                + batch.body
-            )
+            writer.write(head.encode("latin-1") + batch.body)
             await writer.drain()
-            head = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1")
+            answer = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1")
         finally:
             writer.close()
             with contextlib.suppress(OSError):
                 await writer.wait_closed()
-        status_line, *lines = head.split("\r\n")
+        status_line, *lines = answer.split("\r\n")
         code = status_line.split(" ")[1] if status_line.startswith("HTTP/1.") and " " in status_line else ""
         if code.startswith("2"):
             return ""
