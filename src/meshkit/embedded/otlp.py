@@ -530,7 +530,9 @@ class OtlpReceiver:
                 HTTPStatus.UNSUPPORTED_MEDIA_TYPE,
                 f"content-type must be {PROTOBUF} or {JSON}, not {request.content_type or 'absent'}",
             )
-        encoding = request.headers.get("content-encoding", "").lower().removeprefix("identity")
+        encoding = request.headers.get("content-encoding", "").lower()
+        if encoding == "identity":
+            encoding = ""
         plain = _unpacked(body, encoding, self._max_body)
         try:
             if len(plain) < _DECODE_IN_THREAD:
