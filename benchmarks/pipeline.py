@@ -1,0 +1,37 @@
+"""The usual policies, in their usual order, around a function that does nothing."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Coroutine, Iterator, Mapping
+from typing import Any
+
+import circuitbreaker
+
+import meshkit
+from benchmarks import Row, Sample, each_async
+
+ROWS = (
+    Row(what="standard pipeline", against="circuitbreaker, closed", target=9),
+    Row(what="empty pipeline", against="circuitbreaker, closed", target=None),
+)
+
+
+async def _nothing() -> None: ...
+
+
+@contextlib.contextmanager
+def contenders() -> Iterator[Mapping[str, Sample]]:
+    standard: meshkit.Pipeline[Coroutine[Any, Any, None]] = meshkit.Pipeline(
+        "bench",
+        meshkit.Timeout(seconds=30),
+        meshkit.Retry(attempts=3),
+        meshkit.CircuitBreaker("bench"),
+        meshkit.Timeout(seconds=5),
+    )
+    empty: meshkit.Pipeline[Coroutine[Any, Any, None]] = meshkit.Pipeline("empty")
+    yield {
+        "standard pipeline": each_async(standard(_nothing)),
+        "empty pipeline": each_async(empty(_nothing)),
+        "circuitbreaker, closed": each_async(circuitbreaker.CircuitBreaker(name="bench")(_nothing)),
+    }
