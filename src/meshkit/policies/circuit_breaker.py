@@ -376,7 +376,11 @@ class CircuitBreaker:
                 continue
             tracer().current().event(
                 "meshkit.circuit_breaker.state_change",
-                {"meshkit.circuit_breaker.name": self.name, "from": event.old, "to": event.new},
+                {
+                    "meshkit.circuit_breaker.name": self.name,
+                    "meshkit.circuit_breaker.from": event.old,
+                    "meshkit.circuit_breaker.to": event.new,
+                },
             )
             for listener in self._listeners:
                 try:
