@@ -255,6 +255,19 @@ def test_one_dead_letter_is_heard_of_until_it_is_replayed(stack: Stack):
     assert "warning" == mine["labels"]["severity"]
 
 
+def test_a_queue_that_is_first_seen_with_a_dead_letter_is_heard_of(stack: Stack):
+    """A quorum queue is first reported seconds after it was declared, with what it holds by then: born at 1."""
+    stack.declare("late")
+    stack.declare("late.dlq")
+    stack.publish("late.dlq")
+    wait_until(
+        lambda: ["firing"] == stack.webhook.states("MeshkitDLQGrowing", "late"),
+        within=30,
+        what=lambda: stack.webhook.said,
+    )
+    stack.replay("late")
+
+
 def test_reason_and_depth_come_in_one_notification(stack: Stack):
     """What the service counted and what the broker holds are grouped by the queue that was consumed."""
     stack.publish("orders.dlq")
