@@ -16,6 +16,8 @@ import pytest
 ROOT = Path(__file__).parents[2]
 LOWEST = Path(__file__).with_name("lowest.txt")
 SMOKE = Path(__file__).with_name("smoke.py")
+# The extras that bring tools for this repository, not libraries that a user's service runs with.
+TOOLS = {"test", "check"}
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 
 
@@ -61,7 +63,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def _lower_bounds() -> dict[str, str]:
     """Each library that meshkit or one of its extras for users asks for, with the lowest version that it takes."""
     extras = PROJECT["optional-dependencies"]
-    asked = [*PROJECT["dependencies"], *(line for name, lines in extras.items() if name != "test" for line in lines)]
+    asked = [*PROJECT["dependencies"], *(line for name, lines in extras.items() if name not in TOOLS for line in lines)]
     bounds = {}
     for line in asked:
         if line.startswith("meshkit-py["):
