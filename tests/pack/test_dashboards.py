@@ -17,7 +17,7 @@ from meshkit.pack.rules import ALERTS, RECORDINGS, scaled
 from meshkit.telemetry.catalogue import METRICS
 
 ROOT = Path(__file__).parents[2]
-FILES = sorted((ROOT / "dashboards/grafana/dashboards").glob("*.json"))
+FILES = sorted((ROOT / "dashboards/grafana").glob("*.json"))
 OF_SERIES = {series: metric for metric in METRICS for series in metric.series}
 RECORDED = {rule.name for rule in RECORDINGS}
 # What Prometheus itself adds: to every scrape, to every series of a job, to a histogram, for every alert.

@@ -77,13 +77,13 @@ def test_the_alerts_do_over_days_what_they_should():
         (
             "meshkit:dlq_messages > 0\nunless (\n"
             "  min_over_time(meshkit:dlq_messages[1d]) >= meshkit:dlq_messages\n"
-            "  and\n  last_over_time(meshkit:dlq_messages[1h] offset 1d)\n)",
+            "  and\n  last_over_time(meshkit:dlq_messages[12h] offset 1d)\n)",
             "sum by (job, vhost, queue) (increase(meshkit:dlq_messages[10m])) > 0",
         ),
         # No memory of a depth that cannot be asked.
         ('(last_over_time(rabbitmq_detailed_queue_messages{queue=~".+[.]dlq"}[1h]))', "(absent(up) > 1)"),
         # Only what is known for a day counts: a young queue is silent.
-        ("and\n  last_over_time(meshkit:dlq_messages[1h] offset 1d)", ""),
+        ("and\n  last_over_time(meshkit:dlq_messages[12h] offset 1d)", ""),
         # No exemption for what is paused on purpose.
         ("unless on (queue) max by (queue) (meshkit_consumer_paused) == 1", ""),
         # A breaker must be open without a break.

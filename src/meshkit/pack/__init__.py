@@ -84,7 +84,7 @@ def _files(*, time_scale: float, grafana: str, runbooks: str) -> dict[str, str]:
     return {
         **{name: _HEADER + yaml_text(document) for name, document in documents.items()},
         **{
-            f"grafana/dashboards/{name}": json.dumps(grafana_json(dashboard), indent=2, ensure_ascii=False) + "\n"
+            f"grafana/{name}": json.dumps(grafana_json(dashboard), indent=2, ensure_ascii=False) + "\n"
             for name, dashboard in DASHBOARDS.items()
         },
         "rabbitmq/enabled_plugins": servers.rabbitmq_plugins(),

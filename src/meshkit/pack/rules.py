@@ -14,7 +14,8 @@ this, so it looks at the depth that the broker reports:
   ever, and hides the next one. And not `delta()`: it extrapolates, compares only the ends of its window, and sees
   nothing in a queue that was drained and filled again.
 * A queue seen for less than a day counts as empty before, because a dead letter may be older than its queue's first
-  scrape: a quorum queue reports its depth only every five seconds, and Prometheus may be new.
+  scrape: a quorum queue reports its depth only every five seconds, so it may be born at 1, and Prometheus may be new.
+  Half a day in which it may have been seen (`[12h] offset 1d`) bridges an outage of Prometheus itself.
 * A depth that cannot be asked now (the broker restarts) stays what it was for up to an hour; a scrape that fails must
   not look like a replay. A present sample always wins, so a real replay resolves at once.
 * After a quiet day the stock is old: `MeshkitDLQNotDrained` takes over at the moment `MeshkitDLQGrowing` lets go.
@@ -117,7 +118,7 @@ meshkit:dlq_messages > 0
 unless (
   min_over_time(meshkit:dlq_messages[<1d>]) >= meshkit:dlq_messages
   and
-  last_over_time(meshkit:dlq_messages[<1h>] offset <1d>)
+  last_over_time(meshkit:dlq_messages[<12h>] offset <1d>)
 )""",
         summary="{{ $labels.queue }}.dlq has grown. Dead letters in it: {{ $value }}",
         description=(
@@ -146,7 +147,7 @@ meshkit:dlq_messages > 0
 and
 min_over_time(meshkit:dlq_messages[<1d>]) > 0
 and
-last_over_time(meshkit:dlq_messages[<1h>] offset <1d>)""",
+last_over_time(meshkit:dlq_messages[<12h>] offset <1d>)""",
         summary="{{ $labels.queue }}.dlq was not empty for a day. Dead letters in it: {{ $value }}",
         description=(
             "Nobody has replayed or dropped the dead letters of {{ $labels.queue }} (vhost {{ $labels.vhost }}). What "
