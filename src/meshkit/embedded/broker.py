@@ -246,12 +246,13 @@ class Broker:
         exchange.bind(binding)
 
     def unbind(self, source: str, binding: Binding, *, owner: object) -> None:
-        """Take a binding away; one that is not there is no error."""
-        self._check_target(binding, owner)
+        """Take a binding away; one that is not there is no error, with whatever else of it is not there."""
+        if binding.to_queue and binding.target in self.queues:
+            self.queue(binding.target, owner=owner)
         if source == "":
             raise Refused(403, "operation not permitted on the default exchange")
-        exchange = self._exchange(source)
-        if exchange.unbind(binding):
+        exchange = self.exchanges.get(source)
+        if exchange is not None and exchange.unbind(binding):
             self._drop_if_unused(exchange)
 
     def _check_target(self, binding: Binding, owner: object) -> None:
