@@ -13,7 +13,7 @@ from contract_steps import Connect, Declare
 from meshkit.embedded import AmqpServer
 
 
-@pytest.fixture(params=["embedded", "rabbitmq"])
+@pytest.fixture(params=["embedded", pytest.param("rabbitmq", marks=pytest.mark.real("rabbitmq"))])
 async def broker(request: pytest.FixtureRequest) -> AsyncIterator[str]:
     """The URL of an empty broker."""
     if request.param == "embedded":
