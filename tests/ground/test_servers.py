@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -17,6 +18,7 @@ import pytest
 
 from meshkit.testing import servers
 
+ROOT = Path(__file__).parents[2]
 START: dict[str, Callable[[], AbstractContextManager[Any]]] = {
     "rabbitmq": servers.rabbitmq,
     "prometheus": servers.prometheus,
@@ -122,3 +124,19 @@ def test_ports_stay_out_of_the_way_of_outgoing_connections() -> None:
     ports = servers.free_ports(20)
     assert 20 == len(set(ports))
     assert max(ports) < 61_000
+
+
+def test_the_installer_finds_what_the_tests_find() -> None:
+    """`./run servers --check` names the same servers as there and as missing that meshkit.testing.servers does, and installs nothing."""
+    done = subprocess.run(
+        ["sh", ROOT / "servers" / "install.sh", "--check"], capture_output=True, text=True, check=False
+    )
+    there = set(re.findall(r"^servers: (\w+): /", done.stderr, flags=re.MULTILINE))
+    assert {name for name, program in servers.available().items() if program is not None} == there
+    assert (0 if len(there) == len(servers.available()) else 3) == done.returncode
+
+
+def test_the_installer_refuses_what_it_does_not_know() -> None:
+    """An unknown option is one line and exit code 2."""
+    done = subprocess.run(["sh", ROOT / "servers" / "install.sh", "--all"], capture_output=True, text=True, check=False)
+    assert (2, "servers: unknown option --all (there is only --check)\n") == (done.returncode, done.stderr)
