@@ -1,6 +1,6 @@
 """Stands in for the module of aio-pika's tests that starts a broker in Docker: the broker runs already, on a port given.
 
-Copied into a copy of that suite by `proofs/peers.py`, in place of `tests/docker_client.py`.
+Copied into a copy of that suite by the proof beside it, in place of `tests/docker_client.py`.
 """
 
 import os

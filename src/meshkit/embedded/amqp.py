@@ -99,9 +99,11 @@ class ChannelConsumer:
         self.channel.consumer_gone(self)
 
 
-def _delivered_properties(queue: Queue, entry: Entry) -> Properties:
+def _delivered_properties(queue: Queue, entry: Entry, *, got: bool = False) -> Properties:
+    """The publisher's properties, and the delivery count of a quorum queue: from 1 on to consumers, from 0 on to
+    `basic.get`, as in RabbitMQ 3.10."""
     properties = entry.message.properties
-    if not (queue.quorum and entry.returns):
+    if not (queue.quorum and (entry.returns or got)):
         return properties
     return properties.replace(headers={**properties.headers, "x-delivery-count": wire.long_field(entry.returns)})
 
@@ -483,8 +485,6 @@ class Channel:
 
     def _get(self, method: commands.Basic.Get) -> None:
         queue = self.broker.queue(self._named(method.queue), owner=self.connection)
-        if queue.exclusively_consumed:
-            raise Refused(403, f"queue '{queue.name}' in vhost '/' in exclusive use")
         entry = queue.get()
         if entry is None:
             self.send(commands.Basic.GetEmpty())
@@ -494,7 +494,7 @@ class Channel:
         self.connection.write(
             wire.get_ok_frame(self.number, tag, entry.redelivered, message.exchange, message.routing_key, len(queue))
         )
-        self.write_content(message, _delivered_properties(queue, entry))
+        self.write_content(message, _delivered_properties(queue, entry, got=True))
 
     # -- methods: settling --
 
@@ -1009,8 +1009,9 @@ class Connection(asyncio.Protocol):
         self.write(_method_frame(0, commands.Connection.OpenOk()))
 
     def _on_open_connection(self, method: base.Frame) -> None:
-        code = 540 if isinstance(method, commands.Connection.UpdateSecret) else 503
-        raise Refused(code, f"{method.name} is not taken on an open connection by {PRODUCT}")
+        if isinstance(method, commands.Connection.UpdateSecret):
+            raise Refused(540, f"{method.name} is not implemented by {PRODUCT}")
+        raise Refused(504, f"unexpected method in connection state running: {method.name}")
 
     # -- heartbeats: in real time, whatever clock drives the queues --
 

@@ -20,6 +20,7 @@ from meshkit.embedded.queues import (
     QueueOptions,
     Refused,
     Time,
+    amqp_type,
     dead_letter,
     deaths_of,
     is_cycle,
@@ -205,6 +206,12 @@ class Broker:
             for key in arguments:
                 if key.startswith("x-"):
                     raise Refused(406, f"invalid arg '{key}' for exchange '{name}' in vhost '/': meshkit-embedded does not know it")  # fmt: skip
+            alternate = arguments.get("alternate-exchange", "")
+            if not isinstance(alternate, str):
+                raise Refused(
+                    406,
+                    f"invalid type '{amqp_type(alternate)}' for arg 'alternate-exchange' in exchange '{name}' in vhost '/'",
+                )
             self.exchanges[name] = Exchange(
                 name=name, type=kind, durable=durable, auto_delete=auto_delete, internal=internal, arguments=arguments
             )
@@ -392,7 +399,8 @@ class Broker:
         """Route a message and put it into each queue once; `Refused` where its exchange does not exist."""
         if message.exchange == "" and message.routing_key in self.reply_consumers:
             self.reply_consumers[message.routing_key](message)
-            return Published(routed=True, accepted=True)
+            # No queue took it, so RabbitMQ returns a mandatory reply, though it has delivered it.
+            return Published(routed=False, accepted=True)
         self._exchange(message.exchange)
         queues = [self.queues[name] for name in self._route(message) if name in self.queues]
         accepted = True
@@ -470,6 +478,8 @@ def _inequivalent(what: str, subject: str, received: str, current: str) -> Refus
 def _check_same(key: str, subject: str, received: dict[str, Any], current: dict[str, Any]) -> None:
     if key == "x-queue-type" and received.get(key, "classic") == current.get(key, "classic"):
         return
+    if key in received and key in current and received[key] != current[key]:
+        raise _inequivalent(key, subject, f"'{_word(received[key])}'", f"'{_word(current[key])}'")
     if received.get(key) != current.get(key):
         raise _inequivalent(key, subject, _described(received.get(key)), _described(current.get(key)))
 
@@ -477,8 +487,7 @@ def _check_same(key: str, subject: str, received: dict[str, Any], current: dict[
 def _described(value: Any) -> str:
     if value is None:
         return "none"
-    kind = "bool" if isinstance(value, bool) else "longstr" if isinstance(value, str) else "signedint"
-    return f"the value '{_word(value)}' of type '{kind}'"
+    return f"the value '{_word(value)}' of type '{amqp_type(value)}'"
 
 
 def _word(value: Any) -> str:

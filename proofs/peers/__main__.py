@@ -63,19 +63,19 @@ def environment(folder: Path, client: str) -> Path:
 def copy_suite(checkout: Path, folder: Path) -> None:
     """The tests alone, so that the client is the one that is installed and not the checkout's."""
     shutil.copytree(checkout / "tests", folder / "tests", ignore=shutil.ignore_patterns("__pycache__"))
-    shutil.copy(HERE / "peers" / "docker_client.py", folder / "tests" / "docker_client.py")
+    shutil.copy(HERE / "docker_client.py", folder / "tests" / "docker_client.py")
     for name in LEFT_OUT:
         (folder / "tests" / name).unlink(missing_ok=True)
 
 
-def is_about_transactions(folder: Path) -> set[str]:
-    """The tests that use `tx.*`, found by what their functions call; class and function name, as in the results."""
+def transactional(folder: Path) -> set[str]:
+    """The names of the test functions that use `tx.*`, found by what they call; other files inherit them."""
     found = set()
     for path in sorted((folder / "tests").glob("test_*.py")):
         for block in re.split(r"\n(?=\s*(?:async )?def )", path.read_text()):
             name = re.match(r"\s*(?:async )?def (test_\w+)", block)
             if name and re.search(r"\.transaction\(|\btx_", block):
-                found.add(f"{path.stem}::{name[1]}")
+                found.add(name[1])
     return found
 
 
@@ -99,7 +99,7 @@ def run(python: Path, folder: Path, name: str, tests: list[str], timeout: float)
     report.unlink(missing_ok=True)
     started = time.monotonic()
     with broker(name) as port:
-        command = [python, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--no-header", "--tb=line", f"--junitxml={report}"]  # fmt: skip
+        command: list[str | Path] = [python, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--no-header", "--tb=line", f"--junitxml={report}"]  # fmt: skip
         clean = {key: value for key, value in os.environ.items() if not key.startswith(("PYTEST_", "PYTHON"))}
         subprocess.run(
             [*command, *(tests or ["tests"])],
@@ -150,10 +150,10 @@ def compare(python: Path, folder: Path, client: str, tests: list[str], timeout: 
     ours = run(python, folder, "embedded", tests, timeout)
     passed = {test for test, outcome in real.items() if outcome == "passed"}
     worse = sorted(test for test in passed if ours.get(test) != "passed")
-    about_tx = is_about_transactions(folder)
+    about_tx = transactional(folder)
 
     def is_tx(test: str) -> bool:
-        return f"{Path(test.split('::')[0]).stem}::{re.sub(r'[[].*', '', test.split('::')[-1])}" in about_tx
+        return test.split("::")[-1].split("[")[0] in about_tx
 
     transactions = [test for test in worse if is_tx(test)]
     suspects = [test for test in worse if not is_tx(test)]
@@ -181,7 +181,7 @@ def compare(python: Path, folder: Path, client: str, tests: list[str], timeout: 
         "embedded": dict(Counter(ours.values())),
         "worse": suspects,
         "unsteady": unsteady,
-        "transactions": len(transactions),
+        "transactions": transactions,
         "passed": not suspects and bool(passed),
     }
     print(json.dumps(summary))

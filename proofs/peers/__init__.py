@@ -1,0 +1,1 @@
+"""The proof by other people's tests; see `__main__`."""
