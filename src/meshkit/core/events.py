@@ -142,15 +142,25 @@ class MessagePublished(Event):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ConsumerStarted(Event):
+    """A consumer of queue `source` is set up: from here on its counters exist, at 0, so that its first dead letter is
+    seen as an increase."""
+
+    handler: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class MessageReceived(Event):
-    """A delivery arrived from queue `source`."""
+    """A delivery arrived from queue `source` and is handed to its handler. One `MessageSettled` follows, also where the
+    connection was lost meanwhile (`requeue`)."""
 
     redelivered: bool
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MessageSettled(Event):
-    """A delivery from queue `source` is done with. `age`: seconds since it was first published, `None` if unknown."""
+    """A delivery from queue `source` is done with. `age`: seconds from its first publish to the start of its handler,
+    `None` if unknown."""
 
     handler: str
     outcome: Settlement
