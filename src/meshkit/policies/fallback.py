@@ -43,6 +43,7 @@ class Fallback:
         return {"kind": "fallback", "name": self.name}
 
     async def run(self, call: Call, call_next: Next[T]) -> T:
+        mark = call.mark()
         try:
             result = await call_next(call)
         except Exception as error:
@@ -55,6 +56,8 @@ class Fallback:
                 return result
             if call.discard is not None:
                 await call.discard(result)
+        # What is inside has failed and is over: a breaker there must not take our answer for its own.
+        call.end(outcome, since=mark)
         reason = self._reason(outcome)
         try:
             answer = self.answer(outcome) if callable(self.answer) else self.answer
@@ -66,6 +69,7 @@ class Fallback:
         return cast("T", answer)
 
     def run_sync(self, call: Call, call_next: NextSync[T]) -> T:
+        mark = call.mark()
         try:
             result = call_next(call)
         except Exception as error:
@@ -76,6 +80,8 @@ class Fallback:
             outcome = Outcome(result)
             if not self._answers(call, outcome):
                 return result
+        # What is inside has failed and is over: a breaker there must not take our answer for its own.
+        call.end(outcome, since=mark)
         reason = self._reason(outcome)
         try:
             answer = self.answer(outcome) if callable(self.answer) else self.answer
