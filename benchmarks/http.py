@@ -6,15 +6,23 @@ import contextlib
 import subprocess
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
+from typing import TYPE_CHECKING
 
 from benchmarks import Row, Sample
 from benchmarks._worker import worker
 
 ROWS = (
+    Row(what="meshkit on httpx as installed", against="httpx as installed", target=1.20),
+    Row(what="meshkit on httpx with sniffio", against="httpx with sniffio", target=1.40),
+    Row(what="meshkit on httpx2", against="httpx2", target=1.40),
     Row(what="httpx with sniffio", against="httpx as installed", target=None),
     Row(what="httpx2", against="httpx as installed", target=None),
     Row(what="httpx with OpenTelemetry's hooks by hand", against="httpx as installed", target=None),
 )
+
+if TYPE_CHECKING:
+    import httpx
+    import httpx2
 
 # httpcore looks for sniffio at each request. Where it is not installed, which is what `pip install httpx` gives, the search fails each time
 # and costs what the search path costs: so the name is changed to one that is nowhere, and the search itself is done.
@@ -33,24 +41,8 @@ sys.meta_path[:] = [Without if finder is importlib.machinery.PathFinder else fin
 @contextlib.asynccontextmanager
 async def work(contender: str, url: str) -> AsyncIterator[Callable[[int], Awaitable[None]]]:
     """One contender's client, in a worker."""
-    if contender == "httpx2":
-        import httpx2
-
-        async with httpx2.AsyncClient(base_url=url) as client2:
-
-            async def run2(count: int) -> None:
-                for _ in range(count):
-                    (await client2.get("/users/1")).raise_for_status()
-
-            yield run2
-        return
-
-    import httpx
-
-    hooks: dict[str, list[Callable[..., Awaitable[None]]]] = {}
-    if contender.endswith("by hand"):
-        hooks = _hooks()
-    async with httpx.AsyncClient(base_url=url, event_hooks=hooks) as client:
+    client = _client(contender, url)
+    async with client:
 
         async def run(count: int) -> None:
             for _ in range(count):
@@ -59,13 +51,32 @@ async def work(contender: str, url: str) -> AsyncIterator[Callable[[int], Awaita
         yield run
 
 
+def _client(contender: str, url: str) -> httpx.AsyncClient | httpx2.AsyncClient:
+    # Imported by the one that uses it: what a worker does not need must not weigh on it.
+    if contender.startswith("meshkit"):
+        import meshkit.httpx
+        from benchmarks import _telemetry
+
+        _telemetry.everything_on()
+        if contender == "meshkit on httpx2":
+            return meshkit.httpx.client("users", library="httpx2", base_url=url)
+        return meshkit.httpx.client("users", base_url=url)
+    if contender == "httpx2":
+        import httpx2
+
+        return httpx2.AsyncClient(base_url=url)
+    import httpx
+
+    return httpx.AsyncClient(base_url=url, event_hooks=_hooks() if contender.endswith("by hand") else {})
+
+
 def _hooks() -> dict[str, list[Callable[..., Awaitable[None]]]]:
     """The least that traces a request: a recorded CLIENT span with its attributes, and its context in the headers."""
-    import httpx
     from opentelemetry import propagate, trace
-    from opentelemetry.sdk.trace import TracerProvider
 
-    tracer = TracerProvider().get_tracer("bench")
+    from benchmarks import _telemetry
+
+    tracer = _telemetry.provider().get_tracer("bench")
 
     async def begin(request: httpx.Request) -> None:
         span = tracer.start_span(
@@ -101,6 +112,9 @@ def contenders() -> Iterator[Mapping[str, Sample]]:
                     ("httpx as installed", True),
                     ("httpx with sniffio", False),
                     ("httpx2", False),
+                    ("meshkit on httpx as installed", True),
+                    ("meshkit on httpx with sniffio", False),
+                    ("meshkit on httpx2", False),
                     ("httpx with OpenTelemetry's hooks by hand", True),
                 )
             }
