@@ -403,10 +403,13 @@ class Queue:
     # -- out --
 
     def get(self) -> Entry | None:
-        """The head, for `basic.get`; None where nothing is ready."""
+        """Hand out the head, for `basic.get`; None where nothing is ready."""
         self.touch()
         self._expire()
-        return self._pop_head() if self._count else None
+        if not self._count:
+            return None
+        self.unacked += 1
+        return self._pop_head()
 
     def deliver(self) -> None:
         """Hand out what is ready while a consumer can take it."""
