@@ -1,4 +1,4 @@
-"""The pack on live servers: RabbitMQ, Prometheus, Alertmanager, and a process that exposes the catalogue.
+"""The pack on live servers: RabbitMQ, Prometheus, Alertmanager, and a process that records into the catalogue.
 
 Checking tools are not enough: a rule that promtool takes can still fail against real series. So Prometheus scrapes, the
 rules run on a time scale of 1 to 100, and a webhook listens to what Alertmanager sends.
@@ -26,6 +26,7 @@ from promql_names import selectors
 from meshkit import pack
 from meshkit.pack.broker_metrics import BROKER_METRICS
 from meshkit.pack.dashboards import DASHBOARDS
+from meshkit.telemetry.catalogue import METRICS
 from meshkit.testing import servers
 
 pytestmark = [pytest.mark.real("rabbitmq", "prometheus", "alertmanager"), pytest.mark.once]
@@ -110,14 +111,14 @@ def wait_until(holds: Callable[[], object], within: float, what: Callable[[], ob
 
 
 @contextmanager
-def exporter() -> Iterator[int]:
-    """A process that exposes the catalogue; its port."""
+def busy_service() -> Iterator[int]:
+    """A process in which everything happens that a metric can tell; the port of its metrics."""
     (port,) = servers.free_ports(1)
-    script = Path(__file__).with_name("catalogue_exporter.py")
+    script = Path(__file__).with_name("busy_service.py")
     with subprocess.Popen([sys.executable, script, str(port)], stdout=subprocess.PIPE, text=True) as process:
         try:
             assert process.stdout is not None
-            assert "ready\n" == process.stdout.readline()
+            assert process.stdout.readline().startswith("ready")
             yield port
         finally:
             process.terminate()
@@ -156,7 +157,7 @@ def stack(rabbitmq_server: servers.RabbitMQ, tmp_path_factory: pytest.TempPathFa
         routes = yaml.safe_load((folder / "alertmanager/alertmanager.yml").read_text())
         routes["receivers"][0]["webhook_configs"][0]["url"] = webhook.url
         alertmanager = running.enter_context(servers.alertmanager(config=yaml.safe_dump(routes)))
-        service_port = running.enter_context(exporter())
+        service_port = running.enter_context(busy_service())
         files = configuration(folder, rabbitmq_server.prometheus_port, alertmanager.port, service_port)
         prometheus = running.enter_context(servers.prometheus(config=files.pop("prometheus.yml"), files=files))
         made = Stack(rabbitmq_server, prometheus, webhook, vhost)
@@ -175,6 +176,17 @@ def test_the_broker_has_every_metric_that_the_pack_asks_it_for(stack: Stack):
     wait_until(
         lambda: not missing(stack, BROKER_METRICS), within=30, what=lambda: sorted(missing(stack, BROKER_METRICS))
     )
+
+
+def test_every_row_of_the_catalogue_is_scraped(stack: Stack):
+    """What a service of users records arrives in Prometheus under the names of the catalogue, with exemplars."""
+    promised = frozenset(name for metric in METRICS for name in metric.series)
+    wait_until(lambda: not missing(stack, promised), within=30, what=lambda: sorted(missing(stack, promised)))
+    now = time.time()
+    query = quote("meshkit_message_process_duration_seconds_bucket")
+    found = stack.prometheus.api(f"/api/v1/query_exemplars?query={query}&start={now - 60}&end={now + 60}")
+    traces = {exemplar["labels"]["trace_id"] for series in found for exemplar in series["exemplars"]}
+    assert {"0af7651916cd43dd8448eb211c80319c"} == traces
 
 
 def missing(stack: Stack, names: frozenset[str]) -> set[str]:
