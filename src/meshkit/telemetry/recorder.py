@@ -16,7 +16,7 @@ import platform
 import re
 import threading
 from collections.abc import Iterable
-from typing import Any, Final, Generic, Protocol, TypeVar, cast
+from typing import Any, Final, Generic, Protocol, TypeVar
 from weakref import WeakKeyDictionary
 
 from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge, Histogram, Info
@@ -104,7 +104,7 @@ class _Row(Generic[I]):
     def _make(self, values: tuple[object, ...]) -> I:
         texts = [self.fold(position, value) for position, value in enumerate(values)]
         with self._lock:
-            child = cast("I", self.instrument.labels(*texts))
+            child = self.instrument.labels(*texts)
             # What was folded is not kept: there may be any number of such values.
             if texts != [str(value) for value in values]:
                 return child
