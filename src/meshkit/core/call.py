@@ -14,6 +14,7 @@ from meshkit.core.scope import Scope, current_scope, scope_open
 from meshkit.errors import ConfigurationError
 
 T = TypeVar("T")
+R = TypeVar("R")
 P = ParamSpec("P")
 
 _log = logging.getLogger("meshkit")
@@ -230,7 +231,7 @@ class Pipeline(Generic[T]):
 
     # -- as a decorator -----------------------------------------------------------------------------------------------
 
-    def __call__(self, fn: Callable[P, T]) -> Callable[P, T]:
+    def __call__(self, fn: Callable[P, R]) -> Callable[P, R]:
         """Guard `fn`: a coroutine function, or a plain one where all policies can.
 
         Raises:
@@ -247,15 +248,15 @@ class Pipeline(Generic[T]):
             async def guarded(*args: Any, **kwargs: Any) -> Any:
                 return await self.call(fn, *args, **kwargs)
 
-            return cast("Callable[P, T]", guarded)
+            return cast("Callable[P, R]", guarded)
 
         for policy in self.policies:
             if not isinstance(policy, SyncPolicy):
                 raise self._only_async(policy)
 
         @functools.wraps(fn)
-        def guarded_sync(*args: P.args, **kwargs: P.kwargs) -> T:
-            return cast("T", self.call_sync(fn, *args, **kwargs))
+        def guarded_sync(*args: P.args, **kwargs: P.kwargs) -> R:
+            return cast("R", self.call_sync(fn, *args, **kwargs))
 
         return guarded_sync
 
