@@ -53,7 +53,7 @@ def test_prometheus_takes_its_configuration():
     run(tool("prometheus", "promtool"), "check", "config", PACK / "prometheus/prometheus.yml")
 
 
-@pytest.mark.real("prometheus")
+@pytest.mark.real("prometheus", "alertmanager")
 @pytest.mark.parametrize("scale", [1 / 3, 0.01, 0.001])
 def test_prometheus_takes_an_export_with_a_shorter_time_scale(tmp_path, scale):
     """Shortened durations are still durations."""
