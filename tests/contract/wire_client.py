@@ -99,6 +99,7 @@ class WireClient:
             try:
                 await self.read()
             except Closed as closed:
+                self.writer.close()
                 return closed
 
     async def beats(self, within: float) -> int:

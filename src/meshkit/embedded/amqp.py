@@ -666,6 +666,10 @@ class Connection(asyncio.Protocol):
     def data_received(self, data: bytes) -> None:
         self._received_any = True
         self._rest += data
+        self._carry_out()
+
+    def _carry_out(self) -> None:
+        """Do what the frames that have arrived say, as far as that may be done now."""
         self._reading = True
         try:
             self._read_frames()
@@ -692,6 +696,7 @@ class Connection(asyncio.Protocol):
         self._resume_reading(_SLOW)
         for channel in list(self._channels.values()):
             channel.deliver()
+        self._carry_out()
 
     def _stop_reading(self, why: str) -> None:
         if not self._stopped_reading and not self._transport.is_closing():
@@ -746,7 +751,7 @@ class Connection(asyncio.Protocol):
             if self.can("connection.blocked"):
                 self.write(_method_frame(0, commands.Connection.Unblocked()))
             self._resume_reading(_BLOCKED)
-            self.data_received(b"")  # what had arrived by then
+            self._carry_out()
 
     def _block(self, reason: str) -> None:
         if self.can("connection.blocked"):
@@ -773,7 +778,8 @@ class Connection(asyncio.Protocol):
                 at = 8
                 self._greet()
             while len(data) - at >= 7 and self._state not in ("closed", "dropped"):
-                if _BLOCKED in self._stopped_reading:
+                if self._stopped_reading and self._state == "open":
+                    # One read may hold thousands of requests, each with an answer: these have to wait too.
                     return
                 kind, number, size = wire._frame_head.unpack_from(data, at)
                 if size + wire.FRAME_OVERHEAD > self.frame_max:
