@@ -1,0 +1,1 @@
+"""A learning platform in five services, written with meshkit; README.md beside this file says who does what."""

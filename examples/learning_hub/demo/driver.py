@@ -1,0 +1,124 @@
+"""The people who use the hub, and their own book of what they were told. Plain httpx: nothing of meshkit is in here."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import uuid
+from collections import Counter
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import httpx
+
+from learning_hub.demo.platform import Platform, until
+
+COURSES = (("Sailing for beginners", 4900), ("Bread, slowly", 2900), ("The night sky", 3900))
+
+
+@dataclass(slots=True)
+class Told:
+    """What the services said they have taken: from then on it is theirs to keep."""
+
+    users: list[str] = field(default_factory=list)
+    courses: list[str] = field(default_factory=list)
+    enrollments: list[str] = field(default_factory=list)
+    declined: set[str] = field(default_factory=set)
+    coupons: dict[str, str] = field(default_factory=dict)
+    pending: int = 0
+    answers: Counter[int] = field(default_factory=Counter)
+
+
+class Driver:
+    """Makes users, courses and enrollments over HTTP, and asks again with the same id where no answer came.
+
+    Args:
+        platform: where the services are.
+        seed: what chance goes by.
+    """
+
+    def __init__(self, platform: Platform, *, seed: int = 1) -> None:
+        self.told = Told()
+        self._platform = platform
+        self._random = random.Random(seed)
+        self._enough = asyncio.Semaphore(8)
+
+    async def create(self, users: int) -> None:
+        """Some users, and the courses; returns once course-service knows them too."""
+        for title, price in COURSES:
+            course = str(uuid.uuid4())
+            await self._put("course-service", f"/courses/{course}", {"title": title, "price": price})
+            self.told.courses.append(course)
+        for number in range(1, users + 1):
+            user = str(uuid.uuid4())
+            person = {"name": f"Learner {number}", "email": f"learner{number}@example.org"}
+            await self._put("user-service", f"/users/{user}", person)
+            self.told.users.append(user)
+        for user in self.told.users:
+            await until(partial(self._knows, user), within=60)
+
+    async def enroll(
+        self, count: int, *, every: float = 0.05, declined: int = 0, coupons: tuple[str, ...] = ()
+    ) -> None:
+        """`count` enrollments, one each `every` seconds, the first `declined` of them with a card that is refused."""
+        async with asyncio.TaskGroup() as all_of_them:
+            for number in range(count):
+                coupon = coupons[number % len(coupons)] if coupons else ""
+                all_of_them.create_task(self._enroll("declined" if number < declined else "4242", coupon))
+                await asyncio.sleep(every)
+
+    async def _enroll(self, card: str, coupon: str) -> None:
+        enrollment = str(uuid.uuid4())
+        wish = {
+            "user_id": self._random.choice(self.told.users),
+            "course_id": self._random.choice(self.told.courses),
+            "card": card,
+            "coupon": coupon,
+        }
+        async with self._enough:
+            answer = await self._put("enrollment-service", f"/enrollments/{enrollment}", wish)
+        self.told.enrollments.append(enrollment)
+        if card == "declined":
+            self.told.declined.add(enrollment)
+        if coupon:
+            self.told.coupons[enrollment] = coupon
+        if "meshkit-degraded" in answer.headers:
+            self.told.pending += 1
+
+    async def _put(self, service: str, path: str, body: dict[str, Any]) -> httpx.Response:
+        async with asyncio.timeout(120):
+            while True:
+                try:
+                    answer = await self._platform.http.put(self._platform.url(service) + path, json=body)
+                except httpx.TransportError:
+                    await asyncio.sleep(0.2)
+                    continue
+                self.told.answers[answer.status_code] += 1
+                if answer.is_success:
+                    return answer
+                if answer.status_code < 500:
+                    raise RuntimeError(f"PUT {path} was answered {answer.status_code}: {answer.text[:200]}")
+                await asyncio.sleep(0.2)
+
+    async def _knows(self, user: str) -> bool:
+        url = f"{self._platform.url('course-service')}/courses/{self.told.courses[0]}/offers/{user}"
+        try:
+            return (await self._platform.http.get(url)).is_success
+        except httpx.TransportError:
+            return False
+
+    # -- the partner outside ------------------------------------------------------------------------------------------
+
+    async def provider(self, behaviour: str, *, seconds: float = 1.0) -> None:
+        """Tell the payment provider how to behave from now on."""
+        while True:
+            try:
+                answer = await self._platform.http.put(
+                    self._platform.url("payment-provider") + "/mode", json={"behaviour": behaviour, "seconds": seconds}
+                )
+            except httpx.TransportError:
+                await asyncio.sleep(0.2)
+            else:
+                answer.raise_for_status()
+                return
