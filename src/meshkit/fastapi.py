@@ -42,6 +42,7 @@ from meshkit.core.scope import scope_open
 from meshkit.core.trace import AttributeValue, Span, tracer
 from meshkit.errors import ConfigurationError, DeadlineExceededError, RejectedError, TimeoutExceededError
 from meshkit.telemetry import recorder, tracing
+from meshkit.telemetry.setup import flush
 
 _log = logging.getLogger("meshkit")
 
@@ -127,6 +128,7 @@ def install(
         clock=clock,
     )
     settings.lifecycle.add(*parts)
+    settings.lifecycle.at_last(flush)
     # Where a handler for one of them is there already, or comes later, the app's own one answers.
     for kind in (RejectedError, TimeoutExceededError):
         app.exception_handlers.setdefault(kind, _answer)

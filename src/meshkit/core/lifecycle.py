@@ -77,16 +77,6 @@ class TakesWork(Protocol):
         ...
 
 
-_last: list[Callable[[], object]] = []
-
-
-def at_last(flush: Callable[[], object]) -> None:
-    """Have a plain function called, in a thread, at the very end of every lifecycle of this process: what flushes
-    telemetry, say, which learns of the app before it knows of any lifecycle."""
-    if flush not in _last:
-        _last.append(flush)
-
-
 class Lifecycle:
     """The parts of a process, started in order and stopped in reverse.
 
@@ -207,6 +197,8 @@ class Lifecycle:
 
         Calling it while it runs waits for the same end; calling it again does nothing more.
         """
+        if self.state == "stopped":
+            return
         if self._draining is None:
             self.state = "draining"
             self._draining = asyncio.create_task(self._drain(grace), name="meshkit drain")
@@ -236,7 +228,7 @@ class Lifecycle:
                 await part.close()
             except Exception:
                 _log.exception("%s could not be closed", part.name)
-        for flush in (*self._last, *_last):
+        for flush in self._last:
             try:
                 await asyncio.to_thread(flush)
             except Exception:
