@@ -198,6 +198,16 @@ async def test_a_closed_channel_hears_nothing_more(wire: WireClient):
     assert (404, 50, 10) == (close.reply_code, close.class_id, close.method_id)
 
 
+async def test_shortens_what_it_has_to_say(wire: WireClient):
+    """An error longer than AMQP lets it be is cut, not dropped, wherever its letters end."""
+    await wire.open()
+    name = "ü".encode() * 127
+    wire.send_raw(1, 1, b"\x00\x32\x00\x0a\x00\x00" + bytes((len(name),)) + name + b"\x01" + bytes(4))
+
+    _, close = await wire.read()
+    assert (404, True) == (close.reply_code, close.reply_text.startswith("NOT_FOUND - no queue 'üüü"))
+
+
 async def test_forgets_half_a_publish(wire: WireClient, connect: Connect):
     """A client that dies in the middle of a message has sent none."""
     await wire.open()

@@ -173,6 +173,31 @@ async def test_deliveries_of_one_step_do_not_wait_for_the_next():
         await asyncio.wait_for(got.wait(), 5)
 
 
+async def test_a_delivery_that_is_never_acked_ends_its_channel():
+    """After the consumer timeout the channel is closed in RabbitMQ's words and its deliveries come back; an ack in
+    time starts the count anew for the next one."""
+    async with AmqpServer(clock=ManualClock()) as server, await aio_pika.connect(server.url) as connection:
+        channel = await connection.channel()
+        queue = await channel.declare_queue("it")
+        closed: asyncio.Future[BaseException] = asyncio.get_running_loop().create_future()
+        channel.close_callbacks.add(lambda _, error: closed.set_result(error))
+        for _ in range(2):
+            await channel.default_exchange.publish(Message(b"1"), "it")
+        first = await queue.get()
+        await server.advance(1000)
+        await queue.get()
+        await first.ack()
+        await channel.set_qos(0)
+        await server.advance(1799)
+        assert not closed.done()
+
+        await server.advance(1)
+
+        expected = "delivery acknowledgement on channel 1 timed out. Timeout value used: 1800000 ms"
+        assert expected in str(await asyncio.wait_for(closed, 5))
+        assert [True] == [message.redelivered for message in server.queue("it").messages]
+
+
 # --- looking inside ---------------------------------------------------------------------------------------------------
 
 

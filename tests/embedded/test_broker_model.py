@@ -208,6 +208,25 @@ def test_at_least_once_keeps_a_letter_that_a_full_queue_rejects(model: Model):
     assert ([b"1"], 0) == (bodies(model.broker.queues["dlq"]), len(work.held))
 
 
+def test_at_least_once_sends_again_only_where_it_was_not_taken(model: Model):
+    """Of two targets the one that took the dead letter does not get it twice."""
+    model.exchange("dead", "fanout")
+    full = model.queue("full", max_length=1, overflow="reject-publish")
+    room = model.queue("room")
+    for name in ("full", "room"):
+        model.broker.bind("dead", Binding(True, name, ""), owner=None)
+    model.publish("full", b"there before")
+    work = model.queue("work", queue_type="quorum", message_ttl=1000, dead_letter_exchange="dead", dead_letter_strategy="at-least-once", overflow="reject-publish")  # fmt: skip
+    model.publish("work")
+    model.pass_time(1000)
+    assert ([b"1"], 1) == (bodies(room), len(work.held))
+
+    full.purge()
+    model.pass_time(180)
+
+    assert ([b"1"], [b"1"], 0) == (bodies(full), bodies(room), len(work.held))
+
+
 def test_at_least_once_needs_reject_publish(model: Model):
     """As in RabbitMQ the strategy is at-most-once where the queue may drop its head."""
     rung = model.queue("rung", queue_type="quorum", message_ttl=1000, dead_letter_exchange="missing", dead_letter_strategy="at-least-once")  # fmt: skip

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import secrets
+import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -49,6 +50,7 @@ class Hub:
     faults: Faults
     user: str
     password: str
+    consumer_timeout: float | None = None
     connections: set[Connection] = field(default_factory=set)
     connection_gone: Callable[[], None] = lambda: None
 
@@ -108,6 +110,16 @@ def _delivered_properties(queue: Queue, entry: Entry, *, got: bool = False) -> P
     return properties.replace(headers={**properties.headers, "x-delivery-count": wire.long_field(entry.returns)})
 
 
+@dataclass(frozen=True, slots=True)
+class _Delivery:
+    """What a client has and has not acked: from which queue, through which consumer (None: a get), since when."""
+
+    queue: Queue
+    entry: Entry
+    consumer: ChannelConsumer | None
+    at: float
+
+
 @dataclass(slots=True)
 class _Incoming:
     """A publish whose content has not arrived whole."""
@@ -135,7 +147,8 @@ class Channel:
         self._prefetch = 0
         self._consumers: dict[str, ChannelConsumer] = {}
         # Ordered, because a multiple ack takes from the old end, and a dict is slow there.
-        self._unacked: OrderedDict[int, tuple[Queue, Entry, ChannelConsumer | None]] = OrderedDict()
+        self._unacked: OrderedDict[int, _Delivery] = OrderedDict()
+        self._timeout_armed = False
         self._delivery_tag = 0
         self._confirming = False
         self._published = 0
@@ -160,11 +173,42 @@ class Channel:
         if no_ack or (consumer is not None and consumer.no_ack):
             queue.ack([entry])
         else:
-            self._unacked[self._delivery_tag] = (queue, entry, consumer)
+            self._unacked[self._delivery_tag] = _Delivery(queue, entry, consumer, self.broker.clock.now())
+            if not self._timeout_armed:
+                self._arm_timeout()
             if consumer is not None:
                 consumer.unacked += 1
                 self.outstanding += 1
         return self._delivery_tag
+
+    def _arm_timeout(self) -> None:
+        timeout = self.connection.hub.consumer_timeout
+        if timeout is None:
+            return
+        self._timeout_armed = True
+        # The timer outlives many channels, and must not keep them.
+        check = weakref.WeakMethod(self._check_timeout)
+        oldest = next(iter(self._unacked.values()))
+        self.broker.wake_at(oldest.at + timeout, lambda: call() if (call := check()) else None)
+
+    def _check_timeout(self) -> None:
+        self._timeout_armed = False
+        timeout = self.connection.hub.consumer_timeout
+        if self.closed or not self._unacked or timeout is None:
+            return
+        oldest = next(iter(self._unacked.values()))
+        if self.broker.clock.now() < oldest.at + timeout:
+            self._arm_timeout()
+            return
+        self.connection.close_channel(
+            self.number,
+            Refused(
+                406,
+                f"delivery acknowledgement on channel {self.number} timed out. Timeout value used: "
+                f"{timeout * 1000:.0f} ms. This timeout value can be configured, see consumers doc guide to learn more",
+            ),
+            caused_by=(0, 0),
+        )
 
     def consumer_gone(self, consumer: ChannelConsumer) -> None:
         """Its queue was deleted: tell a client that understands it."""
@@ -189,8 +233,8 @@ class Channel:
             return
         self.closed = True
         by_queue: dict[Queue, list[Entry]] = {}
-        for queue, entry, _ in self._unacked.values():
-            by_queue.setdefault(queue, []).append(entry)
+        for delivery in self._unacked.values():
+            by_queue.setdefault(delivery.queue, []).append(delivery.entry)
         self._unacked.clear()
         for queue, entries in by_queue.items():
             queue.requeue(entries, lost=True)
@@ -522,11 +566,11 @@ class Channel:
 
     def _settle(self, tag: int, multiple: bool, act: Callable[[Queue, list[Entry]], object]) -> None:
         by_queue: dict[Queue, list[Entry]] = {}
-        for queue, entry, consumer in self._take_unacked(tag, multiple):
-            if consumer is not None:
-                consumer.unacked -= 1
+        for delivery in self._take_unacked(tag, multiple):
+            if delivery.consumer is not None:
+                delivery.consumer.unacked -= 1
                 self.outstanding -= 1
-            by_queue.setdefault(queue, []).append(entry)
+            by_queue.setdefault(delivery.queue, []).append(delivery.entry)
         for queue, entries in by_queue.items():
             act(queue, entries)
             if not queue.gone:
@@ -534,7 +578,7 @@ class Channel:
         if self.shared_limit:
             self.deliver()
 
-    def _take_unacked(self, tag: int, multiple: bool) -> Iterable[tuple[Queue, Entry, ChannelConsumer | None]]:
+    def _take_unacked(self, tag: int, multiple: bool) -> Iterable[_Delivery]:
         if tag == 0 and multiple:
             taken = list(self._unacked.values())
             self._unacked.clear()
@@ -586,6 +630,11 @@ _CHANNEL_METHODS: dict[type[base.Frame], Callable[[Channel, Any], None]] = {
     commands.Basic.Recover: Channel._recover,
     commands.Basic.RecoverAsync: Channel._recover,
 }
+
+
+def _short(text: str) -> str:
+    """As much of a text as a short string holds."""
+    return text.encode("utf-8", "replace")[:255].decode("utf-8", "ignore")
 
 
 def _read_method(payload: bytes) -> base.Frame:
@@ -760,7 +809,7 @@ class Connection(asyncio.Protocol):
 
     def close_channels(self, code: int, text: str) -> None:
         for number in list(self._channels):
-            self._close_channel(number, Refused(code, text))
+            self.close_channel(number, Refused(code, text), caused_by=(0, 0))
 
     # -- frames --
 
@@ -874,7 +923,7 @@ class Connection(asyncio.Protocol):
         except Refused as refused:
             if refused.hard:
                 raise
-            self._close_channel(number, refused)
+            self.close_channel(number, refused, caused_by=self._class_and_method)
 
     def _on_channel_life(self, number: int, channel: Channel | None, payload: bytes) -> None:
         method = _read_method(payload)
@@ -894,12 +943,13 @@ class Connection(asyncio.Protocol):
         elif not isinstance(method, commands.Channel.CloseOk):
             raise Refused(503, f"{method.name} does not belong on channel {number}")
 
-    def _close_channel(self, number: int, refused: Refused) -> None:
+    def close_channel(self, number: int, refused: Refused, *, caused_by: tuple[int, int]) -> None:
+        """A soft error: the channel ends and says why. `caused_by` is class and method of what the client asked."""
         channel = self._channels.pop(number)
         channel.flush_confirms()
         self._closing_channels.add(number)
         log.info("channel %d of %r closed: %s", number, self.client_name, refused.text)
-        self.write(_method_frame(number, commands.Channel.Close(refused.code, refused.text[:255], *self._class_and_method)))  # fmt: skip
+        self.write(_method_frame(number, commands.Channel.Close(refused.code, _short(refused.text), *caused_by)))  # fmt: skip
         channel.close()
 
     def _end_channels(self) -> None:
@@ -920,7 +970,7 @@ class Connection(asyncio.Protocol):
             self._drop()
             return
         self._flush_confirms()
-        close = commands.Connection.Close(refused.code, refused.text[:255], *self._class_and_method)
+        close = commands.Connection.Close(refused.code, _short(refused.text), *self._class_and_method)
         self.write(_method_frame(0, close))
         self._end_channels()
         self._state = "closing"

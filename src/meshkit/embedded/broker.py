@@ -156,7 +156,7 @@ class Broker:
         self._on_timer = on_timer
         self._timers: list[tuple[float, int, Callable[[], None]]] = []
         self._timer_order = itertools.count()
-        self._dying: deque[tuple[Queue, Entry, DeathReason]] = deque()
+        self._dying: deque[tuple[Queue, Entry, DeathReason, frozenset[str]]] = deque()
         self._draining = False
         for name, kind in [("", "direct"), ("amq.match", "headers"), *((f"amq.{t}", t) for t in EXCHANGE_TYPES)]:
             self.exchanges[name] = Exchange(name=name, type=kind)
@@ -172,7 +172,8 @@ class Broker:
         while self._timers and self._timers[0][0] <= self.clock.now():
             heapq.heappop(self._timers)[2]()
 
-    def _wake_at(self, when: float, wake: Callable[[], None]) -> None:
+    def wake_at(self, when: float, wake: Callable[[], None]) -> None:
+        """Have `wake` called once the clock has reached `when`; there is no taking back, so it must look again."""
         first = not self._timers or when < self._timers[0][0]
         heapq.heappush(self._timers, (when, next(self._timer_order), wake))
         if first:
@@ -342,7 +343,7 @@ class Broker:
             options=options,
             clock=self.clock,
             forward=self._forward,
-            wake_at=self._wake_at,
+            wake_at=self.wake_at,
             unused=self._delete,
         )
         return queue
@@ -438,10 +439,10 @@ class Broker:
                 go_on_to(exchange.arguments.get("alternate-exchange"))
         return found
 
-    def _forward(self, queue: Queue, entry: Entry, reason: DeathReason) -> None:
+    def _forward(self, queue: Queue, entry: Entry, reason: DeathReason, taken_by: frozenset[str]) -> None:
         # Dead letters may make dead letters (a full dead-letter queue that drops its head into the next one), so they
         # stand in line: a chain of a thousand queues must not be a thousand calls deep.
-        self._dying.append((queue, entry, reason))
+        self._dying.append((queue, entry, reason, taken_by))
         if self._draining:
             return
         self._draining = True
@@ -451,16 +452,16 @@ class Broker:
         finally:
             self._draining = False
 
-    def _bury(self, queue: Queue, entry: Entry, reason: DeathReason) -> None:
+    def _bury(self, queue: Queue, entry: Entry, reason: DeathReason, taken_by: frozenset[str]) -> None:
         letter = dead_letter(queue, entry, reason, self.clock.time())
         targets: Iterator[str] = iter(self._route(letter) if letter.exchange in self.exchanges else ())
         if reason != "rejected":
             deaths = deaths_of(letter.properties) or []
             targets = (name for name in targets if not is_cycle(name, deaths))
-        queues = [self.queues[name] for name in targets if name in self.queues]
-        taken = [target.put(letter) for target in queues]
-        if queue.options.at_least_once and not queue.gone and not (taken and all(taken)):
-            queue.hold(entry, reason)
+        names = [name for name in targets if name in self.queues]
+        taken_by |= {name for name in names if name not in taken_by and self.queues[name].put(letter)}
+        if queue.options.at_least_once and not queue.gone and not (names and taken_by.issuperset(names)):
+            queue.hold(entry, reason, taken_by)
 
 
 def _locked(name: str) -> Refused:

@@ -301,13 +301,15 @@ class _Held:
 
     entry: Entry
     reason: DeathReason
+    taken_by: frozenset[str]
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
 class Queue:
     """One queue. The broker makes it, fills it and deletes it; channels consume from it.
 
-    `forward` takes a dead letter on its way; `wake_at` asks for a call of `wake` at a time of the clock.
+    `forward` takes a dead letter on its way, with the names of the queues that have it already; `wake_at` asks for a
+    call at a time of the clock; `unused` is told when the queue is to be deleted.
     """
 
     name: str
@@ -317,7 +319,7 @@ class Queue:
     arguments: dict[str, Any]
     options: QueueOptions
     clock: Time
-    forward: Callable[[Queue, Entry, DeathReason], None]
+    forward: Callable[[Queue, Entry, DeathReason, frozenset[str]], None]
     wake_at: Callable[[float, Callable[[], None]], None]
     unused: Callable[[Queue], None]
     gone: bool = False
@@ -356,7 +358,7 @@ class Queue:
         """Take a message; False where the queue is full and rejects. Delivers at once what can be delivered."""
         if self._full() and self.options.overflow != "drop-head":
             if self.options.overflow == "reject-publish-dlx":
-                self.forward(self, self._entry(message), "maxlen")
+                self.forward(self, self._entry(message), "maxlen", frozenset())
             return False
         entry = self._entry(message)
         # Straight to a free consumer: a TTL of 0 means "now or never", and now must come first.
@@ -551,13 +553,13 @@ class Queue:
         """Send again the dead letters that no queue had taken."""
         held, self.held = self.held, []
         for letter in held:
-            self.forward(self, letter.entry, letter.reason)
+            self.forward(self, letter.entry, letter.reason, letter.taken_by)
 
-    def hold(self, entry: Entry, reason: DeathReason) -> None:
-        """Keep a dead letter that found no queue, and try again later."""
+    def hold(self, entry: Entry, reason: DeathReason, taken_by: frozenset[str]) -> None:
+        """Keep a dead letter that found no queue, or not in each, and try again later."""
         if not self.held:
             self.wake_at(self.clock.now() + HELD_RETRY_SECONDS, self.retry_held)
-        self.held.append(_Held(entry, reason))
+        self.held.append(_Held(entry, reason, taken_by))
 
     def _expire(self) -> None:
         """Only a head expires, as in RabbitMQ: what waits behind a longer-lived message waits with it."""
@@ -583,7 +585,7 @@ class Queue:
 
     def _die(self, entry: Entry, reason: DeathReason) -> None:
         if self.options.dead_letter_exchange is not None and not self.gone:
-            self.forward(self, entry, reason)
+            self.forward(self, entry, reason, frozenset())
 
 
 # --- dead letters -----------------------------------------------------------------------------------------------------

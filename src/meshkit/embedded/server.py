@@ -127,7 +127,10 @@ class AmqpServer:
         host: a loopback address; `ValueError` for any other.
         port: 0 lets the system choose; `port` and `url` tell.
         user, password: the one login it takes.
-        clock: what drives TTLs, rungs and expiries (never heartbeats); real time where none is given.
+        clock: what drives TTLs, rungs, expiries and the consumer timeout (never heartbeats); real time where none is
+            given.
+        consumer_timeout: seconds a delivery may stay unacked before its channel is closed with 406, as in RabbitMQ;
+            None for no limit.
     """
 
     def __init__(
@@ -138,6 +141,7 @@ class AmqpServer:
         user: str = "guest",
         password: str = "guest",
         clock: ServerClock | None = None,
+        consumer_timeout: float | None = 1800.0,
     ) -> None:
         self._host = _loopback(host)
         self._asked_port = port
@@ -153,6 +157,7 @@ class AmqpServer:
             faults=Faults(lambda: list(self._hub.connections), self._in_loop),
             user=user,
             password=password,
+            consumer_timeout=consumer_timeout,
             connection_gone=self._on_connection_gone,
         )
         self._all_gone = asyncio.Event()
@@ -327,12 +332,15 @@ def run_in_thread(
     user: str = "guest",
     password: str = "guest",
     clock: ServerClock | None = None,
+    consumer_timeout: float | None = 1800.0,
 ) -> Iterator[ThreadedServer]:
     """A server in a thread with an event loop of its own; the arguments are those of `AmqpServer`.
 
     For fixtures, whose event loop comes and goes with each test, and for clients that block.
     """
-    server = AmqpServer(host=host, port=port, user=user, password=password, clock=clock)
+    server = AmqpServer(
+        host=host, port=port, user=user, password=password, clock=clock, consumer_timeout=consumer_timeout
+    )
     started: list[BaseException | asyncio.AbstractEventLoop] = []
     ready, stop = threading.Event(), asyncio.Event()
 
