@@ -64,7 +64,7 @@ class _Overflow(Protocol):
 class _Row(Generic[I]):
     """One row of the catalogue: its instrument, and the children by the values they were asked for with."""
 
-    __slots__ = ("_children", "_lock", "_overflow", "_seen", "instrument", "metric")
+    __slots__ = ("_children", "_has_siblings", "_lock", "_overflow", "_seen", "instrument", "metric")
 
     def __init__(self, metric: Metric, instrument: I, overflow: _Overflow) -> None:
         self.metric = metric
@@ -73,6 +73,7 @@ class _Row(Generic[I]):
         self._children: dict[tuple[object, ...], I] = {}
         self._seen: list[set[str]] = [set(label.values) for label in metric.labels]
         self._lock = threading.RLock()
+        self._has_siblings = "error_type" not in metric.label_names and any(label.values for label in metric.labels)
 
     def child(self, *values: object) -> I:
         """The child for these label values, in the order of the row; too many or generated ones share one."""
@@ -108,10 +109,10 @@ class _Row(Generic[I]):
             # What was folded is not kept: there may be any number of such values.
             if texts != [str(value) for value in values]:
                 return child
-            first = values not in self._children
             self._children[values] = child
-            # An error type goes with one outcome only, so the other combinations would never move.
-            if first and "error_type" not in self.metric.label_names:
+            # Where a label is closed, its other values begin at 0 now. An error type goes with one outcome only, so
+            # there the other combinations would never move.
+            if self._has_siblings:
                 self.start(
                     **{
                         label.name: text

@@ -74,10 +74,7 @@ class Telemetry:
         """
         if self._ended or not hasattr(self._provider, "force_flush"):
             return True
-        lost = self._lost()
-        return (
-            self._worker.run(self._provider.force_flush, self._patience(timeout)) is not False and lost == self._lost()
-        )
+        return self._delivered(self._provider.force_flush, self._patience(timeout))
 
     def shutdown(self, timeout: float | None = None) -> bool:
         """Deliver what has ended, and let go of the exporter. A provider that the app has set is only flushed.
@@ -105,8 +102,9 @@ class Telemetry:
         lost = self._lost()
         done = self._worker.run(job, seconds) is not False
         if not done and not self._late_told:
+            # Once: the flush at the end of the app and the one at the interpreter's exit have the same to say.
             self._late_told = True
-            _log.warning("the last traces could not be delivered within %g s", seconds)
+            _log.warning("traces could not be delivered within %g s; those not sent by the exit are lost", seconds)
         return done and lost == self._lost()
 
     def _patience(self, timeout: float | None) -> float:

@@ -218,9 +218,8 @@ class OtelTracer:
     ) -> Span:
         around = otel_context.get_current() if parent is AMBIENT else _around(parent)
         try:
-            span = self._tracer.start_span(
-                name, around, _KINDS[kind], attributes, [trace.Link(_held(link)) for link in links] if links else None
-            )
+            linked = [trace.Link(_held(link)) for link in links] if links else None
+            span = self._tracer.start_span(name, around, _KINDS[kind], attributes, linked)
         except Exception:
             _log.warning("a sampler or span processor failed; the call goes on without a span", exc_info=True)
             return NO_SPAN
