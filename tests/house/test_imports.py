@@ -32,6 +32,7 @@ ONLY_IN = {
     "aio_pika": {"rabbitmq/"},
     "aiormq": {"rabbitmq/"},
     "pamqp": {"rabbitmq/", "embedded/"},
+    "yarl": {"rabbitmq/"},  # the URL class that aio-pika takes and gives
     "httpx": {"httpx.py"},
     "httpx2": {"httpx.py"},
     "httpcore": {"httpx.py"},
