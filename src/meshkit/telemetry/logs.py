@@ -64,7 +64,12 @@ class JsonFormatter(logging.Formatter):
             "message": record.getMessage(),
         }
         for name, value in vars(record).items():
-            if name not in _OWN and name not in line and value not in ("", None):
+            if (
+                name not in _OWN
+                and name not in line
+                and value is not None
+                and not (isinstance(value, str) and not value)
+            ):
                 line[name] = value
         if "trace_id" not in line:
             line.pop("trace_sampled", None)

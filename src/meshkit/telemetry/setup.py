@@ -280,6 +280,9 @@ def setup(
         ConfigurationError: a value that cannot work, or the `otlp` extra is not installed and an endpoint is known.
     """
     global _current
+    patience = setting("flush_timeout", flush_timeout, parse=float, default=5.0)
+    if not 0 <= patience < float("inf"):
+        raise ConfigurationError(f"flush_timeout is how many seconds the end may take, so 0 or above, not {patience}.")
     with _lock:
         if _current is None:
             _current = _set_up(
@@ -289,7 +292,7 @@ def setup(
                 endpoint,
                 dict(attributes or {}),
                 sampler,
-                setting("flush_timeout", flush_timeout, parse=_seconds, default=5.0),
+                patience,
             )
         made = _current
     if logs is not None:
@@ -446,13 +449,6 @@ def _exporters(text: str) -> tuple[str, ...]:
     if unknown := set(names) - set(_EXPORTERS):
         raise ValueError(f"{', '.join(sorted(unknown))} is not among {', '.join(_EXPORTERS)}")
     return names
-
-
-def _seconds(text: str) -> float:
-    seconds = float(text)
-    if not 0 <= seconds < float("inf"):
-        raise ValueError("it is a number of seconds, 0 or above")
-    return seconds
 
 
 def _service_of(provider: object) -> str:
