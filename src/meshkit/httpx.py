@@ -491,7 +491,9 @@ class _Routes:
 
     def _is_exempt(self, host: str, port: int | None) -> bool:
         for entry in self._exempt:
-            name, _, wanted = entry.partition("://")[2].partition(":") if "://" in entry else (entry, "", "")
+            name, wanted = entry.partition("://")[2] if "://" in entry else entry, ""
+            if not _is_address(name) and name.rpartition(":")[2].isdigit():
+                name, _, wanted = name.rpartition(":")
             if name == "*":
                 return True
             if wanted and wanted != str(port):
