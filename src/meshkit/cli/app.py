@@ -350,7 +350,9 @@ def dlq_replay(
                 fingerprint=group,
                 limit=limit,
                 foreign=foreign,
-                progress=lambda done, of: say(f"  {done} replayed") if done % 100 == 0 else None,
+                progress=lambda so_far: (
+                    say(f"  {len(so_far.replayed)} replayed") if len(so_far.replayed) % 100 == 0 else None
+                ),
             )
 
     try:
