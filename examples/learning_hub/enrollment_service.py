@@ -72,7 +72,7 @@ async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         yield
 
 
-app = FastAPI(title=SERVICE, lifespan=lifespan)
+app = FastAPI(title=SERVICE, lifespan=lifespan, telemetry={"tracing": False})
 meshkit.fastapi.install(app, service=SERVICE, parts=(database, bus, outbox.relay()))
 
 

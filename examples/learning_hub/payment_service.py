@@ -54,7 +54,7 @@ async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         yield
 
 
-app = FastAPI(title=SERVICE, version=RELEASE, lifespan=lifespan)
+app = FastAPI(title=SERVICE, version=RELEASE, lifespan=lifespan, telemetry={"tracing": False})
 meshkit.fastapi.install(app, service=SERVICE, parts=(database, bus, outbox.relay()))
 
 

@@ -45,7 +45,7 @@ bus = RabbitBus(service=SERVICE, retry=settings.RETRY)
 inbox = SqlInbox(database.sessions)
 outbox = SqlOutbox(database.sessions, bus)
 
-app = FastAPI(title=SERVICE)
+app = FastAPI(title=SERVICE, telemetry={"tracing": False})
 meshkit.fastapi.install(app, service=SERVICE, parts=(database, bus, outbox.relay()))
 
 

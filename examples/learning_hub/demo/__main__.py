@@ -5,11 +5,17 @@ Everything that takes long to import is imported once the signals are in hand.
 
 from __future__ import annotations
 
+# ruff: noqa: E402
+import os
+import signal
+
+for _number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+    # Nothing has been started or written yet, so there is nothing to take away.
+    signal.signal(_number, lambda number, frame: os._exit(128 + number))
+
 import argparse
 import asyncio
 import logging
-import os
-import signal
 import sys
 from collections.abc import Coroutine
 from pathlib import Path
@@ -31,15 +37,10 @@ class Interrupts:
         self.code = 0
         self._loop: asyncio.AbstractEventLoop | None = None
         self._task: asyncio.Task[Any] | None = None
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            signal.signal(number, self._on_signal)
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         first, self.code = not self.code, self.code or 128 + number
-        if self._loop is None:
-            # Nothing has been started or written yet.
-            os._exit(self.code)
-        if first and self._task is not None:
+        if first and self._loop is not None and self._task is not None:
             self._loop.call_soon_threadsafe(self._task.cancel)
 
     def run(self, main: Coroutine[Any, Any, int]) -> int:
@@ -48,6 +49,8 @@ class Interrupts:
         async def guarded() -> int:
             self._task = asyncio.current_task()
             self._loop = asyncio.get_running_loop()
+            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+                signal.signal(number, self._on_signal)
             try:
                 return await main
             finally:

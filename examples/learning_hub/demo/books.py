@@ -43,12 +43,14 @@ async def read(platform: Platform, told: Told) -> Books:
     return books
 
 
-def lost(told: Told, books: Books) -> list[str]:
-    """What was accepted and has not come to everything it should have, in words."""
-    missing: list[str] = []
+def lost(told: Told, books: Books) -> dict[str, list[str]]:
+    """What was accepted and has not come to everything it should have: by id, what is missing."""
+    missing: dict[str, list[str]] = {}
 
     def must(what: str, ids: Iterable[str]) -> None:
-        missing.extend(f"{id_}: not {what}" for id_ in ids if not books.effects[what, id_])
+        for id_ in ids:
+            if not books.effects[what, id_]:
+                missing.setdefault(id_, []).append(f"not {what}")
 
     must("known to course-service", told.users)
     must("prepared as content", told.courses)
@@ -57,23 +59,27 @@ def lost(told: Told, books: Books) -> list[str]:
     for id_ in told.enrollments:
         match books.states.get(id_):
             case "completed":
-                for what in _WHEN_COMPLETED:
-                    must(what, [id_])
+                ending: tuple[str, ...] = _WHEN_COMPLETED
             case "compensated":
-                for what in _WHEN_COMPENSATED:
-                    must(what, [id_])
+                ending = _WHEN_COMPENSATED
             case state:
-                missing.append(f"{id_}: {state or 'unknown to enrollment-service'}")
+                missing.setdefault(id_, []).append(state or "unknown to enrollment-service")
+                continue
+        for what in ending:
+            must(what, [id_])
     return missing
 
 
-def doubled(told: Told, books: Books) -> list[str]:
-    """What took effect more than once, or both ways, in words."""
-    found = [f"{id_}: {what} {count} times" for (what, id_), count in books.effects.items() if count > 1]
-    both = [
-        id_ for id_ in told.enrollments if books.any_of(_WHEN_COMPLETED, id_) and books.any_of(_WHEN_COMPENSATED, id_)
-    ]
-    return found + [f"{id_}: completed and compensated" for id_ in both]
+def doubled(told: Told, books: Books) -> dict[str, list[str]]:
+    """What took effect more than once, or both ways: by id, what did."""
+    found: dict[str, list[str]] = {}
+    for (what, id_), count in books.effects.items():
+        if count > 1:
+            found.setdefault(id_, []).append(f"{what} {count} times")
+    for id_ in told.enrollments:
+        if books.any_of(_WHEN_COMPLETED, id_) and books.any_of(_WHEN_COMPENSATED, id_):
+            found.setdefault(id_, []).append("completed and compensated")
+    return found
 
 
 _WHEN_COMPLETED = (

@@ -26,6 +26,8 @@ MODULES = {name: f"learning_hub.{name.replace('-', '_')}" for name in PORTS if n
 MODULES = {"payment-provider": "learning_hub.provider", **MODULES}
 SERVICES = tuple(name for name in MODULES if name != "payment-provider")
 
+_EXAMPLES = Path(__file__).resolve().parents[2]
+
 # A minute has to hold what production spreads over an hour.
 PATIENCE = {"LEARNING_HUB_RETRY": "50ms, 1s*2, 2s*2", "LEARNING_HUB_BREAKER_OPEN_FOR": "2"}
 
@@ -67,8 +69,9 @@ class Process:
     log: Path
     environment: dict[str, str] = field(default_factory=dict)
     running: subprocess.Popen[bytes] | None = None
-    restarts: int = 0
     expected_to_end: bool = False
+    # How often it has ended by itself, one time right after the other: it will not come up.
+    failures: int = 0
 
     @property
     def url(self) -> str:
@@ -110,6 +113,7 @@ class Platform:
         common = {
             # What the user has set for his own services is not meant for these.
             **{name: value for name, value in os.environ.items() if not name.startswith(("OTEL_", "MESHKIT_"))},
+            "PYTHONPATH": os.pathsep.join(filter(None, (str(_EXAMPLES), os.environ.get("PYTHONPATH", "")))),
             **patience,
             "PYTHONUNBUFFERED": "1",
             "MESHKIT_AMQP_URL": amqp_url,
@@ -199,8 +203,8 @@ class Platform:
         deadline = time.monotonic() + within
         for name in names or tuple(self.processes):
             process = self.processes[name]
-            while not await self._is_ready(process):
-                if time.monotonic() > deadline or process.restarts >= 5:
+            while not await self.is_ready(name):
+                if time.monotonic() > deadline or process.failures >= 3:
                     log = "\n".join(process.log.read_text(errors="replace").splitlines()[-15:])
                     raise ServiceError(f"{name} does not become ready; the end of its log:\n{log}")
                 await asyncio.sleep(0.05)
@@ -208,9 +212,10 @@ class Platform:
     def url(self, name: str) -> str:
         return self.processes[name].url
 
-    async def _is_ready(self, process: Process) -> bool:
+    async def is_ready(self, name: str) -> bool:
+        """Whether a service says that it can work."""
         try:
-            return (await self.http.get(f"{process.url}/health/ready")).status_code == 200
+            return (await self.http.get(f"{self.url(name)}/health/ready")).status_code == 200
         except httpx.TransportError:
             return False
 
@@ -280,7 +285,7 @@ class Platform:
                     continue
                 code = process.running.poll()
                 if code is not None:
-                    process.restarts += 1
+                    process.failures = process.failures + 1 if code > 0 else 0
                     how = signal.Signals(-code).name if code < 0 else f"exit code {code}"
                     self._say(f"{process.name} died ({how}) and is started again")
                     self._spawn(process)
