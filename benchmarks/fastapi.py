@@ -13,11 +13,14 @@ from benchmarks import Row, Sample
 from benchmarks._worker import worker
 
 ROWS = (
+    Row(what="meshkit, 1 route", against="bare, 1 route", target=1.50),
+    Row(what="meshkit, 100 routes", against="bare, 100 routes", target=1.28),
+    Row(what="meshkit without spans, 1 route", against="bare, 1 route", target=1.05),
     Row(what="OpenTelemetry's instrumentation, 1 route", against="bare, 1 route", target=None),
     Row(what="OpenTelemetry's instrumentation, 100 routes", against="bare, 100 routes", target=None),
 )
 
-_CONTENDERS = ("bare", "OpenTelemetry's instrumentation")
+_CONTENDERS = ("bare", "meshkit", "meshkit without spans", "OpenTelemetry's instrumentation")
 
 
 def _app(contender: str, routes: int) -> Any:
@@ -31,6 +34,15 @@ def _app(contender: str, routes: int) -> Any:
     # The one that is asked for comes last: the router tries them in order.
     for number in range(routes):
         app.get(f"/resource-{number}/{{item_id}}")(read)
+    if contender.startswith("meshkit"):
+        import meshkit.fastapi
+        from benchmarks import _telemetry
+
+        if contender == "meshkit":
+            _telemetry.everything_on()
+        else:
+            _telemetry.metrics_on()
+        meshkit.fastapi.install(app, service="bench")
     if contender == "OpenTelemetry's instrumentation":
         from opentelemetry.instrumentation.fastapi import FastAPIInstrumentor
 
@@ -54,12 +66,16 @@ async def work(contender: str, routes: str) -> AsyncIterator[Callable[[int], Awa
         loop="asyncio",
         access_log=False,
         log_level="warning",
-        lifespan="off",
+        lifespan="on",
         # A connection waits through the rounds of the other contenders.
         timeout_keep_alive=600,
     )
     server = uvicorn.Server(config)
     serving = asyncio.create_task(server.serve([listener]))
+    while not server.started:
+        if serving.done():
+            raise RuntimeError(f"the app of {contender!r} did not start; its own lines above say why")
+        await asyncio.sleep(0.01)
     path = f"/resource-{int(routes) - 1}/42"
     command = (sys.executable, "-m", "benchmarks._http_load", str(listener.getsockname()[1]), path)
     load = await asyncio.create_subprocess_exec(*command, stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE)
