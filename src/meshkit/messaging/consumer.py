@@ -289,5 +289,9 @@ class Settled:
         if len(self._keys) > self._most:
             self._keys.popitem(last=False)
 
+    def discard(self, key: Key | None) -> None:
+        if key is not None:
+            self._keys.pop(key, None)
+
     def __contains__(self, key: Key | None) -> bool:
         return key in self._keys

@@ -31,6 +31,7 @@ from meshkit.rabbitmq.connection import LOST, Link, checked_url, server_attribut
 from meshkit.rabbitmq.consumer import Consumer, Subscription
 from meshkit.rabbitmq.publisher import Publisher, outcome_of
 from meshkit.rabbitmq.topology import Declare, Topology
+from meshkit.telemetry import recorder, tracing
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -93,6 +94,8 @@ class RabbitBus:
             )
         if in_flight < 1:
             raise ConfigurationError(f"in_flight is how many confirms may be open, so 1 or above, not {in_flight}.")
+        tracing.install()
+        recorder.install()
         self.service = service
         self.url: URL = checked_url(setting("amqp_url", url, parse=str, default=_DEFAULT_URL))
         self._schedule = schedule(retry)

@@ -23,6 +23,7 @@ from meshkit.core.events import (
     ConsumerPaused,
     ConsumerProbed,
     ConsumerResumed,
+    ConsumerStarted,
     DuplicateSkipped,
     MessageDeadLettered,
     MessageReceived,
@@ -168,6 +169,7 @@ class Consumer:
         """Begin to consume, once there is a connection."""
         if self._task is None:
             self._draining = False
+            emit(ConsumerStarted(source=self.queue, handler=self.subscription.name))
             self._task = asyncio.create_task(
                 self._run(), name=f"meshkit consumer {self.queue}", context=contextvars.Context()
             )
@@ -681,10 +683,9 @@ class Consumer:
                 return True
         return False
 
-    async def _ack(self, hand: _InHand, *, done: bool = True) -> None:
-        if done:
-            # Remembered whether or not it arrives: nobody tells, and if it does not, the message comes again.
-            self._settled.add(hand.key)
+    async def _ack(self, hand: _InHand) -> None:
+        # Remembered whether or not it arrives: nobody tells, and if it does not, the message comes again.
+        self._settled.add(hand.key)
         if not hand.ours:
             return
         try:
@@ -738,8 +739,9 @@ class Consumer:
             delay = rung_at_least(self._pause.left(self._clock.now()))
             if not await self._to_rung(hand, delivery, headers, delay, delivery.attempt, span):
                 return
+            await self._ack(hand)
             # Not remembered as done: the copy is like the message in everything.
-            await self._ack(hand, done=False)
+            self._settled.discard(hand.key)
         else:
             await self._requeue(hand)
         self._tell_settled(hand, delivery, "requeue", decision, _traceparent(span) if span is not None else "")
