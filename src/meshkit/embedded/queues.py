@@ -395,7 +395,10 @@ class Queue:
         )
 
     def _trim(self) -> None:
+        """Make room at the head. A queue that rejects publishes keeps what comes back, however full it is."""
         options = self.options
+        if options.overflow != "drop-head":
+            return
         while self._count and (
             (options.max_length is not None and self._count > options.max_length)
             or (options.max_bytes is not None and self._bytes > options.max_bytes)
@@ -495,7 +498,7 @@ class Queue:
             lane.give_back(entry, place)
             self._count += 1
             self._bytes += len(entry.message.body)
-        self._trim()
+            self._trim()
         self._expire()
         self.deliver()
 
