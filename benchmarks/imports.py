@@ -12,10 +12,24 @@ from benchmarks import Row, Sample
 
 ROWS = (
     Row(what="service with import meshkit", against="service", target=1.04),
+    Row(what="service with everything on, no exporter", against="service", target=1.14),
     Row(what="import meshkit alone", against="empty interpreter", target=None),
 )
 
 _SERVICE = "import fastapi, httpx, aio_pika"
+_EVERYTHING = """
+import meshkit
+meshkit.telemetry.setup(service="bench", exporter="none")
+app = fastapi.FastAPI()
+bus = meshkit.rabbitmq.RabbitBus("amqp://guest:guest@127.0.0.1/", service="bench")
+client = meshkit.httpx.client("users", base_url="http://127.0.0.1")
+meshkit.fastapi.install(app, service="bench", parts=[bus])
+"""
+# What the service would make without meshkit.
+_BARE = """
+app = fastapi.FastAPI()
+client = httpx.AsyncClient(base_url="http://127.0.0.1")
+"""
 
 
 def _start(code: str) -> Sample:
@@ -37,6 +51,7 @@ def contenders() -> Iterator[Mapping[str, Sample]]:
     yield {
         "empty interpreter": _start("pass"),
         "import meshkit alone": _start("import meshkit"),
-        "service": _start(_SERVICE),
-        "service with import meshkit": _start(f"{_SERVICE}, meshkit"),
+        "service": _start(_SERVICE + _BARE),
+        "service with everything on, no exporter": _start(_SERVICE + _EVERYTHING),
+        "service with import meshkit": _start(f"{_SERVICE}, meshkit{_BARE}"),
     }
