@@ -55,6 +55,9 @@ _KINDS: Final[dict[SpanKind, trace.SpanKind]] = {
     "consumer": trace.SpanKind.CONSUMER,
 }
 
+# This and `bytes.hex` write a header in half the time that format strings take.
+_FLAGS: Final = tuple(f"{flags:02x}" for flags in range(256))
+
 # https://www.w3.org/TR/trace-context/#tracestate-header; checked before OpenTelemetry sees it, which logs what is wrong.
 _TRACESTATE_MEMBER: Final = re.compile(
     r"(?:[a-z][a-z0-9_*/-]{0,255}|[a-z0-9][a-z0-9_*/-]{0,240}@[a-z][a-z0-9_*/-]{0,13})"
@@ -92,10 +95,10 @@ class _Span:
             held = self._span.get_span_context()
             if held.is_valid:
                 self._context = TraceContext(
-                    f"{held.trace_id:032x}",
-                    f"{held.span_id:016x}",
+                    held.trace_id.to_bytes(16, "big").hex(),
+                    held.span_id.to_bytes(8, "big").hex(),
                     int(held.trace_flags),
-                    held.trace_state.to_header() if held.trace_state else "",
+                    _tracestate(held),
                 )
         return self._context
 
@@ -241,9 +244,10 @@ class OtelTracer:
         else:
             return
         if held.is_valid:
-            carrier["traceparent"] = f"00-{held.trace_id:032x}-{held.span_id:016x}-{held.trace_flags:02x}"
-            if held.trace_state:
-                carrier["tracestate"] = held.trace_state.to_header()
+            trace_id, span_id = held.trace_id.to_bytes(16, "big").hex(), held.span_id.to_bytes(8, "big").hex()
+            carrier["traceparent"] = f"00-{trace_id}-{span_id}-{_FLAGS[held.trace_flags & 0xFF]}"
+            if state := _tracestate(held):
+                carrier["tracestate"] = state
             elif "tracestate" in carrier:
                 # It belonged to the traceparent that stood here before.
                 del carrier["tracestate"]
@@ -305,6 +309,12 @@ def _around(parent: Span | TraceContext | Ambient | None) -> Context:
         for key, value in place.baggage.items():
             around = baggage.set_baggage(key, value, around)
     return around
+
+
+def _tracestate(held: trace.SpanContext) -> str:
+    state = held.trace_state
+    # Nearly always the one empty list that all share; asking any other for its length takes longer.
+    return "" if state is trace.DEFAULT_TRACE_STATE else state.to_header()
 
 
 def _held(context: TraceContext) -> trace.SpanContext:
