@@ -16,7 +16,7 @@ from pamqp.body import ContentBody
 from wire_client import Closed, WireClient
 
 from meshkit.embedded import AmqpServer
-from meshkit.embedded import amqp as amqp_module
+from meshkit.embedded import connection as connection_module
 
 
 @pytest.fixture
@@ -115,7 +115,7 @@ class _Recorder:
 
 async def test_hangs_up_on_who_never_logs_in(server: AmqpServer, monkeypatch: pytest.MonkeyPatch):
     """A handshake that does not end is ended."""
-    monkeypatch.setattr(amqp_module, "HANDSHAKE_SECONDS", 0.1)
+    monkeypatch.setattr(connection_module, "HANDSHAKE_SECONDS", 0.1)
     reader, writer = await raw(server)
     writer.write(b"AMQP\x00\x00\x09\x01")
 

@@ -1,4 +1,4 @@
-"""Exchanges, bindings and routing, and the table of queues. No input or output here: `amqp` speaks for it on sockets."""
+"""Exchanges, bindings and routing, and the table of queues. No input or output here: `connection` and `channel` speak for it on sockets."""
 
 from __future__ import annotations
 

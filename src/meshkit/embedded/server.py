@@ -14,8 +14,8 @@ from urllib.parse import quote
 
 from pamqp import commands
 
-from meshkit.embedded.amqp import Connection, Hub
 from meshkit.embedded.broker import Broker
+from meshkit.embedded.connection import Connection, Hub
 from meshkit.embedded.faults import Faults
 from meshkit.embedded.queues import Entry, Queue
 

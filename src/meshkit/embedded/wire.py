@@ -17,14 +17,14 @@ FRAME_END = b"\xce"
 FRAME_OVERHEAD = 8
 FRAME_MIN_SIZE = 4096
 
-_frame_head = struct.Struct(">BHI")
+FRAME_HEAD = struct.Struct(">BHI")
 _content_head = struct.Struct(">HHQ")
 _u16 = struct.Struct(">H")
 _u32 = struct.Struct(">I")
 _i64 = struct.Struct(">q")
 _u64 = struct.Struct(">Q")
 
-HEARTBEAT_FRAME = _frame_head.pack(FRAME_HEARTBEAT, 0, 0) + FRAME_END
+HEARTBEAT_FRAME = FRAME_HEAD.pack(FRAME_HEARTBEAT, 0, 0) + FRAME_END
 
 # A short string may be in any encoding; this way what is not UTF-8 leaves as it came.
 _ESCAPE = "surrogateescape"
@@ -36,7 +36,7 @@ class Malformed(ValueError):
 
 def frame(kind: int, channel: int, payload: bytes) -> bytes:
     """One frame, ready for the socket."""
-    return _frame_head.pack(kind, channel, len(payload)) + payload + FRAME_END
+    return FRAME_HEAD.pack(kind, channel, len(payload)) + payload + FRAME_END
 
 
 def read_short_string(data: bytes, at: int) -> tuple[str, int]:
