@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
+from typing import Any
 
 import aio_pika
 import pydantic
@@ -76,7 +77,7 @@ async def _declare(url: str) -> None:
         channel = await connection.channel()
         exchange = await channel.declare_exchange(_EXCHANGE, "topic", durable=True)
         # Short, so that what was published in the last round does not weigh on the next.
-        arguments = {"x-queue-type": "quorum", "x-max-length": 1000}
+        arguments: dict[str, Any] = {"x-queue-type": "quorum", "x-max-length": 1000}
         queue = await channel.declare_queue("bench.happened", durable=True, arguments=arguments)
         await queue.bind(exchange, _KEY)
 
