@@ -468,6 +468,26 @@ def test_exemplars_lead_to_sampled_traces_only(recorder):
     } == found
 
 
+def test_a_busy_histogram_gets_an_exemplar_now_and_then(registry):
+    """Of many alike one stands for all for a tenth of a second; a slower one is always shown."""
+    clock = ManualClock()
+    recorder = Recorder(registry, clock=clock)
+
+    def shown(seconds: float, span: str) -> list[str]:
+        traceparent = SAMPLED.replace(EXEMPLAR["span_id"], span)
+        emit(events.MessagePublished(source="x", outcome="confirmed", seconds=seconds, traceparent=traceparent))
+        families = parse_openmetrics(recorder.render(OPENMETRICS)[1].decode())
+        samples = [sample for family in families for sample in family.samples if sample.exemplar]
+        return [sample.exemplar.labels["span_id"] for sample in samples]
+
+    assert ["1" * 16] == shown(0.001, "1" * 16)
+    assert ["1" * 16] == shown(0.001, "2" * 16)
+    assert ["1" * 16, "3" * 16] == shown(4.0, "3" * 16)
+    clock.block(0.1)
+    assert ["4" * 16, "3" * 16] == shown(0.001, "4" * 16)
+    recorder.close()
+
+
 def test_rows_without_exemplars_have_none(recorder):
     """Exactly the rows that the catalogue marks can carry an exemplar."""
     for event, *_ in MOVES:

@@ -52,6 +52,10 @@ _SEVERITY: Final[tuple[CircuitState, ...]] = ("closed", "half_open", "open", "is
 # So often, at the most, the breakers' figures are written where other processes read them.
 _REFRESH_EVERY: Final = 1.0
 
+# So often a child of a histogram gets an exemplar, at the most.
+_EXEMPLAR_EVERY: Final = 0.1
+_NEVER: Final = (float("-inf"), 0.0)
+
 _ROWS: Final = {metric.name: metric for metric in METRICS}
 
 I = TypeVar("I", Counter, Gauge, Histogram)  # noqa: E741
@@ -163,6 +167,7 @@ class Recorder:
         self._refreshed = clock.now()
         self._counted: WeakKeyDictionary[CircuitBreaker, dict[str, int]] = WeakKeyDictionary()
         self._shown: set[str] = set()
+        self._exemplified: dict[Histogram, tuple[float, float]] = {}
         if not self._shared:
             self._register(_BeforeScrape(self))
 
@@ -337,6 +342,19 @@ class Recorder:
             return None
         return {"trace_id": traceparent[3:35], "span_id": traceparent[36:52]}
 
+    def _observe(self, child: Histogram, seconds: float, traceparent: str) -> None:
+        exemplar = self._exemplar(traceparent)
+        if exemplar is not None:
+            # An exemplar costs more than the observation, and a scrape sees the last one of a bucket only. So a busy
+            # child gets one now and then, and whatever is slower than that one gets its own.
+            now = self._clock.now()
+            then, slowest = self._exemplified.get(child, _NEVER)
+            if now - then < _EXEMPLAR_EVERY and seconds <= slowest:
+                exemplar = None
+            else:
+                self._exemplified[child] = now, seconds
+        child.observe(seconds, exemplar)
+
     # -- HTTP ---------------------------------------------------------------------------------------------------------
 
     def _on_request_started(self, event: events.ServerRequestStarted) -> None:
@@ -345,21 +363,18 @@ class Recorder:
     def _on_request_ended(self, event: events.ServerRequestEnded) -> None:
         method = _method(event.method)
         self._active.child(method).dec()
-        self._requests.child(method, event.route, event.status or "").observe(
-            event.seconds, self._exemplar(event.traceparent)
-        )
+        child = self._requests.child(method, event.route, event.status or "")
+        self._observe(child, event.seconds, event.traceparent)
 
     def _on_attempt_ended(self, event: events.ClientAttemptEnded) -> None:
         self._meet_client(event.source)
-        self._attempts.child(event.source, event.status or "", event.error_type).observe(
-            event.seconds, self._exemplar(event.traceparent)
-        )
+        child = self._attempts.child(event.source, event.status or "", event.error_type)
+        self._observe(child, event.seconds, event.traceparent)
 
     def _on_call_ended(self, event: events.ClientCallEnded) -> None:
         self._meet_client(event.source)
-        self._calls.child(event.source, event.operation, event.outcome).observe(
-            event.seconds, self._exemplar(event.traceparent)
-        )
+        child = self._calls.child(event.source, event.operation, event.outcome)
+        self._observe(child, event.seconds, event.traceparent)
 
     def _on_retry(self, event: events.RetryScheduled) -> None:
         here = tracer().current().context
@@ -383,7 +398,7 @@ class Recorder:
     # -- messaging ----------------------------------------------------------------------------------------------------
 
     def _on_published(self, event: events.MessagePublished) -> None:
-        self._publishes.child(event.source, event.outcome).observe(event.seconds, self._exemplar(event.traceparent))
+        self._observe(self._publishes.child(event.source, event.outcome), event.seconds, event.traceparent)
 
     def _on_consumer_started(self, event: events.ConsumerStarted) -> None:
         self._queues.discard(event.source)
@@ -396,14 +411,12 @@ class Recorder:
         self._in_progress.child(event.source).inc()
 
     def _on_settled(self, event: events.MessageSettled) -> None:
-        exemplar = self._exemplar(event.traceparent)
         self._in_progress.child(event.source).dec()
         self._last_settle.child(event.source).set(self._clock.time())
-        self._handled.child(event.source, event.handler, event.outcome, event.error_type).observe(
-            event.seconds, exemplar
-        )
+        child = self._handled.child(event.source, event.handler, event.outcome, event.error_type)
+        self._observe(child, event.seconds, event.traceparent)
         if event.age is not None:
-            self._ages.child(event.source).observe(event.age, exemplar)
+            self._observe(self._ages.child(event.source), event.age, event.traceparent)
 
     def _on_message_retried(self, event: events.MessageRetried) -> None:
         attempt = "10+" if event.attempt >= 10 else str(event.attempt)
