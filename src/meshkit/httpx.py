@@ -34,7 +34,7 @@ import urllib.parse
 import urllib.request
 from collections import OrderedDict
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Final, Literal, Self, TypedDict, Unpack, cast, overload
@@ -49,6 +49,7 @@ from meshkit.errors import (
     ConfigurationError,
     DeadlineExceededError,
     RejectedError,
+    TimeoutExceededError,
     missing_extra,
 )
 from meshkit.policies.circuit_breaker import CircuitBreaker
@@ -175,6 +176,10 @@ def transport(
         connection: `verify`, `cert`, `http1`, `http2`, `limits`, `proxy`, `trust_env`, `local_address`, `uds` and
             `socket_options`, as the client takes them. Proxies from the environment are honoured as the client would.
 
+    What a call raises: the library's own errors of its last attempt, and those of the policies (`CircuitOpenError`,
+    `AttemptTimeoutError`, `DeadlineExceededError`), which are errors of the library as well: `except httpx.HTTPError` and
+    `except httpx.TimeoutException` catch them.
+
     Raises:
         ConfigurationError: arguments that do not go together, or a library that is not installed.
     """
@@ -281,6 +286,31 @@ class _Family:
     not_sent: tuple[type[Exception], ...]
     local: tuple[type[Exception], ...]
     broken: tuple[type[Exception], ...]
+    errors: dict[type[BaseException], Any] = field(default_factory=dict)
+
+    def adopt(self, error: BaseException) -> None:
+        """Make an error of a policy one of the library's too.
+
+        Code that was there before meshkit says `except httpx.HTTPError`, and a refusal or a timeout is to end up there
+        as well. It stays the same object, with its notes and its traceback, and what it was before.
+        """
+        kind = type(error)
+        if isinstance(error, RejectedError):
+            base = self.module.TransportError
+        elif isinstance(error, TimeoutExceededError):
+            base = self.module.TimeoutException
+        else:
+            return
+        if isinstance(error, base):
+            return
+        both = self.errors.get(kind)
+        if both is None:
+            both = self.errors[kind] = type(
+                kind.__name__, (kind, base), {"__module__": __name__, "__doc__": kind.__doc__}
+            )
+        # A class of a user's own may be laid out differently; then it stays what it is.
+        with contextlib.suppress(TypeError):
+            error.__class__ = both
 
 
 @functools.cache
@@ -712,6 +742,7 @@ class _Exchange:
                 response = await self.owner.hosts.pipeline(self.request.url).run(self.call, self._send)
                 self._check(response)
         except BaseException as error:
+            self.owner.family.adopt(error)
             self.end(Outcome(error=error))
             raise
         finally:
@@ -1012,6 +1043,7 @@ class _Body:
                 exchange.end(self._outcome)
             raise
         except BaseException as error:
+            exchange.owner.family.adopt(error)
             exchange.end(Outcome(error=error))
             raise
 

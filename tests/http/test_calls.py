@@ -11,7 +11,7 @@ import pytest
 from opentelemetry.trace import SpanKind, StatusCode
 
 import meshkit.httpx
-from meshkit import CircuitBreaker, CircuitOpenError, DeadlineExceededError, Fallback, Scope
+from meshkit import AttemptTimeoutError, CircuitBreaker, CircuitOpenError, DeadlineExceededError, Fallback, Scope
 from meshkit.core.events import ClientCallEnded, Event, TimedOut
 from meshkit.core.scope import scope_open
 from meshkit.testing.clock import ManualClock
@@ -330,3 +330,26 @@ async def test_a_fallback_returns_a_response(client: Make, host: FaultHost) -> N
     host.script = [answer(500)]
     with pytest.raises(meshkit.ConfigurationError, match="returned dict"):
         await client(fallback=lambda outcome: {}).get("/")
+
+
+# -- errors -----------------------------------------------------------------------------------------------------------
+
+
+async def test_errors_of_policies_are_errors_of_the_library(client: Make, library: Any, host: FaultHost) -> None:
+    """Code that catches the library's errors catches a refusal and a timeout too; they are still what they were."""
+    clock, gate = ManualClock(hold=True), Gate()
+    breaker = CircuitBreaker("prices", clock=clock)
+    prices = client(breaker=breaker, clock=clock, retry=None)
+    host.script = [silent(gate)]
+    task = asyncio.create_task(prices.get("/"))
+    await gate.reached.wait()
+    await clock.advance(5.0)
+    with pytest.raises(library.TimeoutException) as late:
+        await task
+    assert isinstance(late.value, AttemptTimeoutError)
+    assert "/" == late.value.request.url.path
+    breaker.force_open()
+    with pytest.raises(library.HTTPError) as refused:
+        await prices.get("/")
+    assert isinstance(refused.value, CircuitOpenError)
+    assert "MK501  circuit 'prices' is isolated." == str(refused.value)
