@@ -44,6 +44,10 @@ MOST_REPLAYS: Final = 3
 # So many messages are asked for at a time: a queue of a million fits through a small process.
 _WINDOW: Final = 500
 _BUSY_FOR: Final = 2.0
+# RabbitMQ keeps what one nack gives back in an Erlang map, which has an order up to 32 entries and none above: 40
+# messages nacked at once come back shuffled (measured on 3.10.8). More than 32 commands on their way are put together.
+_NACKED: Final = 32
+_NACKS: Final = 16
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -141,13 +145,13 @@ class Receipt:
         guarded: ids that were left because they had been replayed too often already.
         failed: ids that were left because their copy was not taken, with the reason.
         stopped: why it ended before it was through; empty where it was not stopped.
-        left: messages in the dead-letter queue at the end.
+        left: how many of those that were there at the start still are.
         trace_id: the trace of the replay, empty where nothing is traced.
     """
 
     queue: str
     dry_run: bool
-    depth: int
+    depth: int = 0
     planned: int = 0
     replayed: list[str] = field(default_factory=list)
     guarded: list[str] = field(default_factory=list)
@@ -234,16 +238,14 @@ class DeadLetters:
                 else reads it at the moment.
             MessagingError: the connection was lost meanwhile; the messages are where they were.
         """
-        total = await self._own(queue, foreign=foreign)
         records: list[DeadLetterRecord] = []
-        if total:
-            async with self._taking(queue, window=min(limit, total, _WINDOW)) as taken:
-                while len(records) < min(limit, total):
-                    message = await taken.next()
-                    if message is None:
-                        break
-                    records.append(record_of(message, queue))
-        return records, total
+        async with self._taking(queue, foreign=foreign, window=min(limit, _WINDOW)) as taken:
+            for _ in range(min(limit, taken.total)):
+                message = await taken.next()
+                if message is None:
+                    break
+                records.append(record_of(message, queue))
+        return records, taken.total
 
     async def replay(
         self,
@@ -283,40 +285,31 @@ class DeadLetters:
             MeshkitError: MK102, where the broker does not take a second connection.
         """
         choice = _Choice(ids=ids, fingerprint=fingerprint, limit=limit)
-        total = await self._own(queue, foreign=foreign)
-        receipt = Receipt(queue=queue, dry_run=dry_run, depth=total, left=total)
-        look_at = total if newest is None else min(total, newest)
-        if not look_at:
-            return receipt
+        receipt = Receipt(queue=queue, dry_run=dry_run)
         if dry_run:
-            async with self._taking(queue) as taken:
-                chosen = _Chosen(taken, choice, look_at, most_replays, receipt)
+            async with self._taking(queue, foreign=foreign) as taken:
+                chosen = _Chosen(taken, choice, newest, most_replays, receipt)
                 while await chosen.next() is not None:
                     pass
             return receipt
         publisher = Publisher(self._writing, clock=self._clock)
         try:
             await self._open(self._writing)
-            with _replay_span(queue, receipt) as run:
-                replayer = _Replayer(publisher, run, by=by or _who(), clock=self._clock, server=self._server)
-                try:
-                    async with self._taking(queue) as taken:
-                        chosen = _Chosen(taken, choice, look_at, most_replays, receipt)
+            async with self._taking(queue, foreign=foreign) as taken:
+                with _replay_span(receipt) as run:
+                    replayer = _Replayer(publisher, run, by=by or _who(), clock=self._clock, server=self._server)
+                    chosen = _Chosen(taken, choice, newest, most_replays, receipt)
+                    try:
                         while not receipt.stopped and (one := await chosen.next()) is not None:
                             # To its end, also on Ctrl-C: between the confirm and the ack there are two of it.
                             await _to_the_end(replayer.send_back(taken, *one, receipt))
                             if progress is not None:
                                 progress(receipt)
-                except TopologyError:
-                    raise
-                except MessagingError as error:
-                    receipt.stopped = error.cause
+                    except MessagingError as error:
+                        receipt.stopped = error.cause
         finally:
             await publisher.close()
             await self._writing.close()
-        with contextlib.suppress(MessagingError):
-            left = await self._passive(queue)
-            receipt.left = left.depth if left is not None else 0
         return receipt
 
     # -- inside -------------------------------------------------------------------------------------------------------
@@ -355,13 +348,8 @@ class DeadLetters:
             raise _lost(self._reading) from error
         return Found(queue=queue, depth=declared.message_count or 0, consumers=declared.consumer_count or 0)
 
-    async def _own(self, queue: str, *, foreign: bool) -> int:
-        """How many messages lie in `queue`, if looking at it is harmless or was asked for."""
-        found = await self._passive(queue)
-        if found is None:
-            raise TopologyError(f"there is no queue {queue!r} on this broker.")
-        if foreign:
-            return found.depth
+    async def _check_own(self, queue: str) -> None:
+        """Make sure that looking at `queue` is harmless."""
         channel = await self._channel()
         try:
             # Declaring what exists changes nothing; it fails where the arguments are not meshkit's.
@@ -381,28 +369,37 @@ class DeadLetters:
             ) from error
         except LOST as error:
             raise _lost(self._reading) from error
-        return found.depth
 
     @asynccontextmanager
-    async def _taking(self, queue: str, *, window: int = _WINDOW) -> AsyncIterator[_Taken]:
+    async def _taking(self, queue: str, *, foreign: bool, window: int = _WINDOW) -> AsyncIterator[_Taken]:
         """The messages of a queue, with nobody else reading it. What is not acked goes back to its place."""
+        found = await self._passive(queue)
+        if found is None:
+            raise TopologyError(f"there is no queue {queue!r} on this broker.")
+        if not foreign:
+            await self._check_own(queue)
         until = self._clock.now() + _BUSY_FOR
         while True:
-            taken = _Taken(await self._channel(), queue, window, self)
+            # What a reader holds is not counted as ready, so the count is right only where there is none.
+            found = await self._passive(queue)
+            taken = _Taken(await self._channel(), queue, window, self, found.depth if found is not None else 0)
             try:
-                await _to_the_end(taken.consume())
-                yield taken
-                return
-            except aiormq.exceptions.ChannelAccessRefused as error:
-                if self._clock.now() >= until:
-                    raise TopologyError(
-                        f"somebody else reads {queue!r} at the moment, another replay perhaps.",
-                        "Wait for its end, then try again.",
-                    ) from error
+                if found is not None and found.consumers == 0:
+                    if taken.total:
+                        await _to_the_end(taken.consume())
+                    yield taken
+                    return
+            except aiormq.exceptions.ChannelAccessRefused:
+                pass  # somebody came in between
             except LOST as error:
                 raise _lost(self._reading) from error
             finally:
                 await _to_the_end(taken.give_back())
+            if self._clock.now() >= until:
+                raise TopologyError(
+                    f"somebody else reads {queue!r} at the moment, another replay perhaps.",
+                    "Wait for its end, then try again.",
+                )
             # Somebody who only looks is gone again in a moment.
             await self._clock.sleep(0.1)
 
@@ -414,7 +411,9 @@ class _Taken:
     one; the messages stay the channel's.
     """
 
-    def __init__(self, channel: AbstractChannel, queue: str, window: int, letters: DeadLetters) -> None:
+    def __init__(self, channel: AbstractChannel, queue: str, window: int, letters: DeadLetters, total: int) -> None:
+        self.total = total
+        self.left = total
         # Held by whoever talks to the channel in a way that must not be broken off.
         self.busy = asyncio.Lock()
         self._channel = channel
@@ -423,6 +422,7 @@ class _Taken:
         self._letters = letters
         self._arrived: asyncio.Queue[DeliveredMessage | None] = asyncio.Queue()
         self._kept = 0
+        self._held: dict[int, None] = {}
         self._consumers = 0
         self._gone = channel.closing
         self._gone.add_done_callback(lambda _: self._arrived.put_nowait(None))
@@ -440,10 +440,12 @@ class _Taken:
 
     @property
     def _tag(self) -> str:
-        # The broker gives messages back consumer by consumer, in the order of their names.
+        # One nack over two consumers gives back the one's and then the other's, in the order of these names.
         return f"meshkit-dlq-{self._consumers:08d}"
 
     async def _arrive(self, message: DeliveredMessage) -> None:
+        assert message.delivery_tag is not None
+        self._held[message.delivery_tag] = None
         self._arrived.put_nowait(message)
 
     async def next(self) -> DeliveredMessage | None:
@@ -469,7 +471,9 @@ class _Taken:
     async def ack(self, message: DeliveredMessage) -> None:
         assert message.delivery_tag is not None
         await self._channel.basic_ack(message.delivery_tag)
+        del self._held[message.delivery_tag]
         self._kept -= 1
+        self.left -= 1
 
     async def give_back(self) -> None:
         """Let go of all that is in hand by nack, and only then of the channel: closing it with messages in hand would
@@ -477,11 +481,29 @@ class _Taken:
         async with self.busy:
             self._gone.cancel()
             # Where the channel has gone the broker has taken everything back by itself.
-            with contextlib.suppress(*LOST, RuntimeError):
-                if not self._channel.is_closed:
-                    await self._channel.basic_cancel(self._tag, timeout=RPC_TIMEOUT)
-                    await self._channel.basic_nack(0, multiple=True, requeue=True)
+            with contextlib.suppress(*LOST, RuntimeError, MessagingError):
+                if self._channel.is_closed:
+                    return
+                if not self._consumers:
                     await self._channel.close()
+                    return
+                await self._channel.basic_cancel(self._tag, timeout=RPC_TIMEOUT)
+                held = list(self._held)
+                for start in range(0, len(held), _NACKED):
+                    await self._channel.basic_nack(held[start : start + _NACKED][-1], multiple=True, requeue=True)
+                    if start % (_NACKED * _NACKS) == _NACKED * (_NACKS - 1):
+                        await self._back(self.left - len(held) + start + _NACKED)
+                await self._channel.close()
+                # Who looks next should find them.
+                await self._back(self.left)
+
+    async def _back(self, count: int) -> None:
+        """Wait until so many are ready again: a quorum queue takes them back a moment after the nack."""
+        for _ in range(200):
+            found = await self._letters._passive(self._queue)
+            if found is None or found.depth >= count:
+                return
+            await self._letters._clock.sleep(0.005)
 
 
 @dataclass(slots=True, kw_only=True)
@@ -515,10 +537,11 @@ class _Choice:
 class _Chosen:
     """Those of the first messages of a queue that are to go back, one after the other."""
 
-    def __init__(self, taken: _Taken, choice: _Choice, look_at: int, most_replays: int, receipt: Receipt) -> None:
+    def __init__(self, taken: _Taken, choice: _Choice, newest: int | None, most_replays: int, receipt: Receipt) -> None:
+        receipt.depth = receipt.left = taken.total
         self._taken = taken
         self._choice = choice
-        self._left = look_at
+        self._left = taken.total if newest is None else min(taken.total, newest)
         self._most_replays = most_replays
         self._receipt = receipt
 
@@ -546,10 +569,10 @@ class _Chosen:
 
 
 @contextlib.contextmanager
-def _replay_span(queue: str, receipt: Receipt) -> Iterator[Span]:
+def _replay_span(receipt: Receipt) -> Iterator[Span]:
     """A trace of its own: the one that the message failed in is hours or days old."""
     run = tracer().start(
-        f"meshkit.replay {queue}",
+        f"meshkit.replay {receipt.queue}",
         parent=None,
         attributes={"meshkit.replay.batch_id": uuid.uuid4().hex, "meshkit.sampling.keep": True},
     )
@@ -602,6 +625,7 @@ class _Replayer:
                 receipt.stopped = f"the connection to the broker was lost: {error}"
             else:
                 receipt.replayed.append(record.message_id)
+                receipt.left = taken.left
                 emit(DeadLetterReplayed(source=record.queue, result="republished"))
 
     async def _publish(self, delivered: DeliveredMessage, record: DeadLetterRecord) -> None:
