@@ -61,4 +61,4 @@ if __name__ == "__main__":
     plant(sys.argv[1])
     # The services' own folder is on the path by PYTHONPATH; this one must not hide what is there.
     del sys.path[0]
-    runpy.run_module(sys.argv[2], run_name="__main__")
+    runpy.run_module(sys.argv[2], run_name="__main__", alter_sys=True)
