@@ -23,6 +23,7 @@ PAGES = tuple(
 
 _FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 _SPAN = re.compile(r"`([^`]+)`")
+_ENUMERATION = re.compile(r"`([^`]+)`((?:, `\w+`)+)")
 _LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
 _HEADING = re.compile(r"^#+ +(.+?) *$", re.MULTILINE)
 
@@ -63,7 +64,9 @@ def anchors(page: Path) -> set[str]:
 
 def commands(page: Path, program: str) -> Iterator[str]:
     """Every use of a program that the page shows: in a span, or in a line of a block, without its comment."""
+    # "`meshkit dlq list`, `show`, `replay`" is said as `meshkit dlq list | show | replay`.
+    said = [" | ".join([first, *_SPAN.findall(others)]) for first, others in _ENUMERATION.findall(prose(page))]
     lines = [line.partition(" # ")[0].strip() for block in blocks(page) for line in block.text.splitlines()]
-    for text in [*spans(page), *lines]:
+    for text in [*spans(page), *said, *lines]:
         if text == program or text.startswith(f"{program} "):
             yield text
