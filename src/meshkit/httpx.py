@@ -852,7 +852,8 @@ class _Exchange:
         headers = request.headers
         carrier: dict[str, str] = {}
         tracer().inject(carrier, span=attempt.span)
-        headers.update(carrier)
+        for key, value in carrier.items():
+            headers[key] = value
         headers["meshkit-attempt"] = str(logical.sends)
         # As long as anybody waits for this attempt, and not longer.
         limits = [limit for limit in (left, owner.attempt_timeout) if limit is not None]
@@ -1100,6 +1101,8 @@ def _retry_after(value: str | None, clock: Clock) -> float | None:
 
 def redacted(url: str) -> str:
     """`url` as it may be shown: without user, password, and the values of parameters that are known to be secret."""
+    if "?" not in url and "@" not in url and "#" not in url:
+        return url
     parts = urllib.parse.urlsplit(url)
     netloc = parts.netloc
     if "@" in netloc:

@@ -204,6 +204,15 @@ def status(url: str) -> int:
         return error.code
 
 
+def until_ready(url: str) -> None:
+    while True:
+        try:
+            assert 200 == status(f"{url}/health/ready")
+        except urllib.error.URLError:
+            continue
+        return
+
+
 def line_by_line(process: subprocess.Popen[str]) -> Callable[[], str]:
     assert process.stdout is not None
     read = process.stdout.readline
@@ -230,12 +239,7 @@ def test_sigterm_makes_ready_red_first_and_the_server_stop_later() -> None:
     with process:
         line = line_by_line(process)
         assert ["bus start", "bus begin"] == [line(), line()]
-        while True:
-            try:
-                assert 200 == status(f"{url}/health/ready")
-                break
-            except urllib.error.URLError:
-                continue
+        until_ready(url)
         process.send_signal(signal.SIGTERM)
         assert "bus drain" == line()
         assert (503, 200, 404) == (status(f"{url}/health/ready"), status(f"{url}/health/live"), status(f"{url}/x"))
@@ -245,10 +249,11 @@ def test_sigterm_makes_ready_red_first_and_the_server_stop_later() -> None:
 
 def test_a_second_sigterm_does_not_wait() -> None:
     """Who asks again gets the server's own stop at once, however long the delay is."""
-    process, _ = started(delay=60.0)
+    process, url = started(delay=60.0)
     with process:
         line = line_by_line(process)
         assert ["bus start", "bus begin"] == [line(), line()]
+        until_ready(url)
         process.send_signal(signal.SIGTERM)
         assert "bus drain" == line()
         process.send_signal(signal.SIGTERM)
