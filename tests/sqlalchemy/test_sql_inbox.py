@@ -73,11 +73,14 @@ async def test_a_failure_leaves_nothing_behind(
     """What a handler did before it failed, was cancelled or gave a verdict is undone: effect, inbox row and events."""
     inbox, outbox = SqlInbox(sessions), SqlOutbox(sessions, bus)
 
-    with pytest.raises(type(error)):
+    async def fail() -> None:
         async with inbox.open(delivery("m1")) as session:
             await session.execute(effects.insert().values(what="m1"))
             await outbox.publish(session, "hello")
             raise error
+
+    with pytest.raises(type(error)):
+        await fail()
 
     assert (0, 0, []) == (await count(engine, effects), await count(engine, inbox_table), await waiting(engine))
 
@@ -120,10 +123,13 @@ async def test_a_broken_rule_of_the_users_is_no_duplicate(engine: AsyncEngine, s
     """A constraint that the handler itself violates is its own error."""
     inbox = SqlInbox(sessions)
 
-    with pytest.raises(sa.exc.IntegrityError):
+    async def break_it() -> None:
         async with inbox.open(delivery("m1")) as session:
-            await session.execute(inbox_table.insert().values(consumer="x", message_id="y", handled_at=0.0))
-            await session.execute(inbox_table.insert().values(consumer="x", message_id="y", handled_at=0.0))
+            for _ in range(2):
+                await session.execute(inbox_table.insert().values(consumer="x", message_id="y", handled_at=0.0))
+
+    with pytest.raises(sa.exc.IntegrityError):
+        await break_it()
 
     assert 0 == await count(engine, inbox_table)
 
