@@ -26,7 +26,6 @@ CODES: Final[dict[str, str]] = {
     "MK100": "a setting or an argument has a value that cannot work",
     "MK101": "a library that this part of meshkit plugs into is not installed",
     "MK102": "a server that is needed cannot be reached, or refused the login",
-    "MK103": "a program that is needed is not installed",
     "MK200": "something went wrong between this process and the broker",
     "MK201": "a message could not be published",
     "MK202": "no queue is bound for the message: the broker returned it",
@@ -46,7 +45,6 @@ CODES: Final[dict[str, str]] = {
     "MK512": "the deadline of the whole call has passed",
     "MK600": "a dead letter could not be read or moved",
     "MK601": "no dead letter with that id",
-    "MK602": "the replay was stopped by a guard",
 }
 
 
