@@ -121,6 +121,7 @@ class Service:
         """Ask until a page holds the text."""
         async with asyncio.timeout(30):
             while text not in (await self.get(path))[1]:
+                assert self.process.returncode is None, self.log.read_text()
                 await asyncio.sleep(0.1)
 
 
