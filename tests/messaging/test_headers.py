@@ -118,6 +118,7 @@ def test_cuts_text_between_characters():
     """A length is in bytes of UTF-8, and no character is cut in two."""
     assert "ää" == h.cut("äää", 5)
     assert "ää" == h.tail("äää", 5)
+    assert ("", "") == (h.cut("ää", 0), h.tail("ää", 0))
 
 
 def _received(headers: dict[str, object], *, exchange: str = "e"):

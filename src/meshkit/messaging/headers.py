@@ -195,7 +195,7 @@ def cut(value: str, most: int) -> str:
 def tail(value: str, most: int) -> str:
     """The end of a text, in at most `most` bytes of UTF-8: of a stack, what failed stands last."""
     encoded = value.encode("utf-8", "replace")
-    return encoded[-most:].decode("utf-8", "ignore") if len(encoded) > most else encoded.decode()
+    return encoded[len(encoded) - most :].decode("utf-8", "ignore") if len(encoded) > most else encoded.decode()
 
 
 def size(headers: Mapping[str, Any]) -> int:

@@ -35,7 +35,7 @@ CONNECT_TIMEOUT: Final = 10.0
 RPC_TIMEOUT: Final = 10.0
 HEARTBEAT: Final = 20
 _FIRST_WAIT: Final = 0.1
-_LONGEST_WAIT: Final = 10.0
+_LONGEST_WAIT: Final = 5.0
 _LOOK_FOR_BLOCKED: Final = 1.0
 
 # What aiormq raises where a connection or a channel is gone: not all of it is an AMQPError.
