@@ -95,7 +95,7 @@ def main() -> int:
     interrupts = Interrupts()
     options = arguments()
     # What libraries log about a connection that failed is said again by our own one line.
-    for library in ("aio_pika", "aiormq"):
+    for library in ("aio_pika", "aiormq", "meshkit"):
         logging.getLogger(library).setLevel(logging.CRITICAL)
     try:
         from learning_hub.demo.show import CannotStart, show

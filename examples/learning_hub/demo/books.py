@@ -54,14 +54,14 @@ def lost(told: Told, books: Books) -> dict[str, list[str]]:
 
     must("known to course-service", told.users)
     must("prepared as content", told.courses)
-    must("told: requested", told.enrollments)
-    must("seen by the user: requested", told.enrollments)
+    for what in ALWAYS:
+        must(what, told.enrollments)
     for id_ in told.enrollments:
         match books.states.get(id_):
             case "completed":
-                ending: tuple[str, ...] = _WHEN_COMPLETED
+                ending: tuple[str, ...] = WHEN_COMPLETED
             case "compensated":
-                ending = _WHEN_COMPENSATED
+                ending = WHEN_COMPENSATED
             case state:
                 missing.setdefault(id_, []).append(state or "unknown to enrollment-service")
                 continue
@@ -77,12 +77,14 @@ def doubled(told: Told, books: Books) -> dict[str, list[str]]:
         if count > 1:
             found.setdefault(id_, []).append(f"{what} {count} times")
     for id_ in told.enrollments:
-        if books.any_of(_WHEN_COMPLETED, id_) and books.any_of(_WHEN_COMPENSATED, id_):
+        if books.any_of(WHEN_COMPLETED, id_) and books.any_of(WHEN_COMPENSATED, id_):
             found.setdefault(id_, []).append("completed and compensated")
     return found
 
 
-_WHEN_COMPLETED = (
+# What belongs to each enrollment, and what to one that ended in this way or that.
+ALWAYS = ("told: requested", "seen by the user: requested")
+WHEN_COMPLETED = (
     "charged",
     "paid",
     "completed",
@@ -91,7 +93,7 @@ _WHEN_COMPLETED = (
     "told: completed",
     "seen by the user: completed",
 )
-_WHEN_COMPENSATED = ("refused", "compensated", "told: refused", "seen by the user: refused")
+WHEN_COMPENSATED = ("refused", "compensated", "told: refused", "seen by the user: refused")
 _CHARGES = "SELECT key FROM charges"
 _QUERIES = {
     "course-service": {

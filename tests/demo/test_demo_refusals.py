@@ -1,0 +1,73 @@
+"""What the demo cannot do it says in one line, with exit code 2 and no traceback."""
+
+from __future__ import annotations
+
+import socket
+
+import pytest
+from demo_runs import demo
+
+from learning_hub.demo.broker import CannotStart, broker
+from meshkit.testing import servers
+
+pytestmark = [pytest.mark.once, pytest.mark.timeout(60)]
+
+
+def refused(*options: str, **environment: str) -> str:
+    """The one line."""
+    done = demo("--once", "--json", *options, **environment)
+    assert (2, "") == (done.returncode, done.stdout), done.stderr
+    assert 1 == len(done.stderr.splitlines()), done.stderr
+    assert done.stderr.startswith("demo: ")
+    return done.stderr
+
+
+def test_an_unknown_option():
+    """An option that there is not is named, with the way to those that there are."""
+    assert "--bogus; --help lists the options" in refused("--bogus")
+
+
+@pytest.mark.parametrize("url", ["rabbit", "http://127.0.0.1", "amqp://", "amqp://127.0.0.1:port/"])
+def test_a_broker_that_is_no_url(url: str):
+    """What is neither `local` nor an AMQP URL is told what would be."""
+    assert "amqp://" in refused("--broker", url)
+
+
+def test_a_broker_that_is_not_there():
+    """Nothing listens at the URL: its address is said, its password is not."""
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        line = refused("--broker", f"amqp://guest:secret@127.0.0.1:{taken.getsockname()[1]}/")
+    assert "cannot be used" in line
+    assert "secret" not in line
+
+
+def test_a_wrong_password(rabbitmq_server: servers.RabbitMQ):
+    """The broker refuses the login: that is said, without the password."""
+    line = refused("--broker", f"amqp://guest:wrong-one@127.0.0.1:{rabbitmq_server.port}/")
+    assert "wrong-one" not in line
+
+
+async def test_no_rabbitmq_installed(monkeypatch: pytest.MonkeyPatch):
+    """`--broker local` without a rabbitmq-server names the command that installs it."""
+    monkeypatch.setattr(servers, "_program", lambda server: None)
+    with pytest.raises(CannotStart, match=r"^rabbitmq is not installed; \./run servers installs it$"):
+        async with broker("local"):
+            pass
+
+
+@pytest.mark.parametrize("url", ["localhost:4318", "ftp://localhost", "http://user:pass@127.0.0.1:1"])
+def test_an_otlp_address_that_is_none(url: str):
+    """What cannot be the base of an OTLP/HTTP endpoint is told what would be."""
+    assert "OTLP" in refused("--otlp", url).upper()
+
+
+def test_an_otlp_endpoint_that_is_not_there():
+    """Nothing listens at --otlp: better said at once than after the last act."""
+    assert "nothing answers at --otlp" in refused("--otlp", "http://127.0.0.1:1")
+
+
+def test_a_folder_that_is_not_empty(tmp_path):
+    """--keep does not write into somebody's folder."""
+    (tmp_path / "mine").touch()
+    assert "empty folder" in refused("--keep", str(tmp_path))
