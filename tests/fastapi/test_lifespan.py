@@ -56,7 +56,7 @@ async def test_parts_are_up_before_the_app_and_close_after_it() -> None:
     lifecycle.at_last(lambda: told.append("flush"))
     server = Server(app)
     assert "lifespan.startup.complete" == await server.say("startup")
-    assert ["db start", "bus start", "app up", "db begin", "bus begin"] == told
+    assert ["db connect", "bus connect", "app up", "db start", "bus start"] == told
     assert "ready" == lifecycle.state
     told.clear()
     assert "lifespan.shutdown.complete" == await server.say("shutdown")
@@ -68,8 +68,8 @@ async def test_parts_are_up_before_the_app_and_close_after_it() -> None:
 @pytest.mark.parametrize(
     ("fails", "after"),
     [
-        ("start", ["db start", "bus start", "bus close", "db close"]),
-        ("begin", ["db start", "bus start", "app up", "db begin", "bus begin", "bus close", "db close"]),
+        ("connect", ["db connect", "bus connect", "bus close", "db close"]),
+        ("start", ["db connect", "bus connect", "app up", "db start", "bus start", "bus close", "db close"]),
     ],
 )
 async def test_a_part_that_cannot_start_keeps_the_app_from_serving(fails: str, after: list[str]) -> None:
@@ -99,7 +99,7 @@ async def test_an_app_that_cannot_start_closes_the_parts() -> None:
     assert "lifespan.startup.failed" == await server.say("startup")
     with pytest.raises(ValueError, match="no"):
         await server.task
-    assert ["bus start", "bus close"] == told
+    assert ["bus connect", "bus close"] == told
 
 
 async def test_installing_twice_is_harmless() -> None:
@@ -112,7 +112,7 @@ async def test_installing_twice_is_harmless() -> None:
     assert 1 == len(app.user_middleware)
     server = Server(app)
     await server.say("startup")
-    assert ["bus start", "relay start", "app up", "bus begin", "relay begin"] == told
+    assert ["bus connect", "relay connect", "app up", "bus start", "relay start"] == told
     await server.say("shutdown")
     await server.task
 
@@ -238,7 +238,7 @@ def test_sigterm_makes_ready_red_first_and_the_server_stop_later() -> None:
     process, url = started(delay=1.5)
     with process:
         line = line_by_line(process)
-        assert ["bus start", "bus begin"] == [line(), line()]
+        assert ["bus connect", "bus start"] == [line(), line()]
         until_ready(url)
         process.send_signal(signal.SIGTERM)
         assert "bus drain" == line()
@@ -252,7 +252,7 @@ def test_a_second_sigterm_does_not_wait() -> None:
     process, url = started(delay=60.0)
     with process:
         line = line_by_line(process)
-        assert ["bus start", "bus begin"] == [line(), line()]
+        assert ["bus connect", "bus start"] == [line(), line()]
         until_ready(url)
         process.send_signal(signal.SIGTERM)
         assert "bus drain" == line()

@@ -21,11 +21,11 @@ class Told:
         if what == self._fails:
             raise OSError(f"{self.name} cannot {what}")
 
+    async def connect(self) -> None:
+        self._note("connect")
+
     async def start(self) -> None:
         self._note("start")
-
-    async def begin(self) -> None:
-        self._note("begin")
 
     def checks(self) -> Sequence[Check]:
         return self._checks

@@ -65,15 +65,15 @@ class Part(Protocol):
 
 
 @runtime_checkable
-class TakesWork(Protocol):
-    """What a part may have besides: a second step of its start, in which it begins to take work.
+class Connects(Protocol):
+    """What a part may have besides: a first step of its start, after which others can use it, without its taking work.
 
-    An app's own startup runs between the two: after the connections are up, so that it can publish, and before the
-    first message, so that handlers find what it has made.
+    An app's own startup runs between `connect` and `start`: after the connections are up, so that it can publish, and
+    before the first message, so that handlers find what it has made.
     """
 
-    async def begin(self) -> None:
-        """Take work from now on."""
+    async def connect(self) -> None:
+        """Be of use to others. `start` does this too, where it has not been done."""
         ...
 
 
@@ -156,7 +156,8 @@ class Lifecycle:
         await self.begin()
 
     async def open(self) -> None:
-        """Start the parts in order; if one fails, those that run are closed and its error is raised."""
+        """Start the parts in order, those that can only as far as `connect`; if one fails, those that run are closed and
+        its error is raised."""
         self.state = "starting"
         self.started = False
         self._draining = None
@@ -164,17 +165,17 @@ class Lifecycle:
             for part in self._parts:
                 if not any(part is running for running in self._running):
                     self._running.append(part)
-                    await part.start()
+                    await (part.connect() if isinstance(part, Connects) else part.start())
         except BaseException:
             await self.close()
             raise
 
     async def begin(self) -> None:
-        """Have those parts take work that have a step of their own for it; then this process is ready."""
+        """Start those parts that have only been connected; then this process is ready."""
         try:
             for part in self._running:
-                if isinstance(part, TakesWork):
-                    await part.begin()
+                if isinstance(part, Connects):
+                    await part.start()
         except BaseException:
             await self.close()
             raise

@@ -361,8 +361,8 @@ class RabbitBus:
     def name(self) -> str:
         return "rabbitmq"
 
-    async def start(self) -> None:
-        """Connect and begin to consume. A broker that is away is waited for in the background.
+    async def connect(self) -> None:
+        """Connect and declare, so that others can publish. A broker that is away is waited for in the background.
 
         Raises:
             TopologyError: the broker is there, and has a queue or an exchange otherwise than asked for.
@@ -385,6 +385,14 @@ class RabbitBus:
                     break  # gone again already; the consumers wait for it
         if self._topology.declare == "off" and self._consumers:
             _log.warning("declare is off: failed messages are tried again inside this process only")
+
+    async def start(self) -> None:
+        """Connect, where that has not been done, and begin to consume.
+
+        Raises:
+            TopologyError: as `connect`.
+        """
+        await self.connect()
         for consumer in self._consumers:
             consumer.start()
 
