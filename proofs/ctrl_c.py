@@ -4,7 +4,7 @@
 
 Each run gets a temporary folder and an environment variable of its own, by which everything that it starts can be found, whoever its
 parent is by then. Ctrl-C is what a terminal sends: SIGINT to the whole foreground group, and here a second one right after it. `--leave`
-keeps the demo's cleaning up from happening (SIGKILL to the group instead), which this has to see.
+keeps the demo from cleaning up (SIGKILL to the launcher instead), which this has to see.
 """
 
 from __future__ import annotations
@@ -96,8 +96,8 @@ def interrupted(moment: str, options: list[str], line: str, wait: float, *, leav
                 env=environment,
                 start_new_session=True,
             )
+        assert demo.stdout is not None
         try:
-            assert demo.stdout is not None
             while line and line not in (told := demo.stdout.readline()):
                 if not told:
                     raise SystemExit(f"the demo never came to {line!r}: {errors.read_text()}")
@@ -111,10 +111,16 @@ def interrupted(moment: str, options: list[str], line: str, wait: float, *, leav
                 demo.wait()
                 left = Left(processes=list(ids.values()), ports=sorted(ports), files=os.listdir(temporary))
                 seconds = time.monotonic() - began
-                until = time.monotonic() + 10
-                while marked(mark) and time.monotonic() < until:
+                until = time.monotonic() + 15
+                while (marked(mark) or os.listdir(temporary)) and time.monotonic() < until:
                     time.sleep(0.1)
-                return {"moment": moment, "exit": demo.returncode, "seconds": round(seconds, 1), **_as_dict(left)}
+                return {
+                    "moment": moment,
+                    "exit": demo.returncode,
+                    "seconds": round(seconds, 1),
+                    "gone_after_a_while": not marked(mark) and not os.listdir(temporary),
+                    **_as_dict(left),
+                }
             os.killpg(demo.pid, signal.SIGINT)
             time.sleep(0.15)
             with contextlib.suppress(ProcessLookupError):
@@ -144,6 +150,7 @@ def interrupted(moment: str, options: list[str], line: str, wait: float, *, leav
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(id_, signal.SIGKILL)
             demo.wait()
+            demo.stdout.close()
 
 
 def _as_dict(left: Left) -> dict[str, object]:

@@ -21,3 +21,10 @@ def test_ctrl_c_leaves_nothing_behind(moment: str, options: list[str], line: str
     """No process, port or file is left, the exit code is 130, and a second Ctrl-C changes nothing."""
     seen = interrupted(moment, options, line, wait, leave=False)
     assert (130, False, [], [], []) == tuple(seen[key] for key in ("exit", "traceback", "processes", "ports", "files"))
+
+
+def test_a_killed_demo_is_taken_away_by_its_guard():
+    """SIGKILL, which nobody can answer: services and folder are gone a moment later all the same."""
+    seen = interrupted("killed", [], "Act 1", 0.2, leave=True)
+    assert seen["processes"]
+    assert (-9, True) == (seen["exit"], seen["gone_after_a_while"])
