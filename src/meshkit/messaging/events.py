@@ -182,9 +182,9 @@ def decode(message: Message, kind: EventType) -> Any:
 
 def _why(error: ValueError) -> str:
     """What did not fit, without the values: they are in the body, and have no place in a log."""
-    tell = getattr(error, "errors", None)
+    tell: Any = getattr(error, "errors", None)
     if not callable(tell):
         return type(error).__name__
-    found = tell(include_url=False, include_context=False, include_input=False)
+    found: list[Any] = tell(include_url=False, include_context=False, include_input=False)
     lines = [f"{'.'.join(map(str, one.get('loc', ()))) or 'body'}: {one.get('msg', '')}" for one in found[:3]]
     return "; ".join(lines) + (f"; and {len(found) - 3} more" if len(found) > 3 else "")

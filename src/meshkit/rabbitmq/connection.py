@@ -26,6 +26,7 @@ from meshkit._version import __version__
 from meshkit.core.clock import Clock
 from meshkit.core.events import BrokerBlocked, BrokerConnectionChanged, emit
 from meshkit.errors import ConfigurationError
+from meshkit.rabbitmq.decoding import tolerate
 
 T = TypeVar("T")
 
@@ -84,6 +85,7 @@ def checked_url(url: str) -> URL:
     Raises:
         ConfigurationError: it is none.
     """
+    parsed = URL()
     try:
         parsed = URL(url)
         usable = parsed.scheme in ("amqp", "amqps") and bool(parsed.host)
@@ -115,6 +117,7 @@ class Link:
         ssl_context: ssl.SSLContext | None = None,
         clock: Clock,
     ) -> None:
+        tolerate()
         self.url = url
         self.role = role
         self.blocked = False
