@@ -97,7 +97,7 @@ class Subscription:
 class _InHand:
     """A delivery that is not settled yet, and the channel it has to be settled on."""
 
-    __slots__ = ("arrived", "channel", "delivery", "key", "message", "probe", "tag", "task", "told")
+    __slots__ = ("arrived", "channel", "delivery", "key", "message", "probe", "ran", "tag", "task", "told")
 
     def __init__(self, message: DeliveredMessage, *, arrived: float) -> None:
         self.message = message
@@ -108,6 +108,7 @@ class _InHand:
         self.key: Key | None = None
         self.task: asyncio.Task[None] | None = None
         self.probe = False
+        self.ran = False
         self.told = False
 
     @property
@@ -185,19 +186,29 @@ class Consumer:
     async def drain(self, grace: float) -> None:
         """Take nothing more, finish what is in hand within `grace` seconds, give the rest back to the queue."""
         self._draining = True
-        await self._stop_taking()
         self._changed.set()
-        tasks = [hand.task for hand in self._in_hand if hand.task is not None]
-        if tasks:
-            try:
-                async with within(self._clock, grace):
+        # Side by side: on a connection that does not answer, the one takes as long as it may, and what is in hand need
+        # not wait for it.
+        stopping = asyncio.ensure_future(self._stop_taking())
+        try:
+            async with within(self._clock, grace):
+                await stopping
+                # Also what arrived until the broker had said that it stops.
+                while tasks := self._tasks():
                     await asyncio.wait(tasks)
-            except TimeoutError:
-                left = [task for task in tasks if not task.done()]
+        except (TimeoutError, *LOST):
+            left = self._tasks()
+            if left:
                 _log.warning("%s: %d messages were not finished in time and go back", self.queue, len(left))
                 for task in left:
                     task.cancel()
                 await asyncio.wait(left, timeout=_GIVE_BACK)
+        finally:
+            stopping.cancel()
+            await asyncio.gather(stopping, return_exceptions=True)
+
+    def _tasks(self) -> list[asyncio.Task[None]]:
+        return [hand.task for hand in self._in_hand if hand.task is not None]
 
     async def close(self, grace: float = 20.0) -> None:
         """Drain, and let go of the channel."""
@@ -208,7 +219,7 @@ class Consumer:
         task, self._task = self._task, None
         task.cancel()
         await asyncio.gather(task, return_exceptions=True)
-        tasks = [hand.task for hand in self._in_hand if hand.task is not None]
+        tasks = self._tasks()
         for left in tasks:
             left.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
@@ -444,6 +455,7 @@ class Consumer:
             deadline = self._clock.now() + delivery.deadline - self._clock.time()
         scope = Scope(deadline=deadline, handling=Handling(message_id=delivery.message_id, queue=self.queue))
         failed: BaseException | None = None
+        hand.ran = True
         with span.active(), scope_open(scope):
             try:
                 await self._handle(given, delivery, scope)
@@ -503,7 +515,19 @@ class Consumer:
         )
 
     def _in_process(self, decision: Decision) -> bool:
-        return decision.wait is not None and (decision.wait.in_process or self._topology.declare == "off")
+        return decision.wait is not None and (decision.wait.in_process or not self._has_rungs())
+
+    def _has_rungs(self) -> bool:
+        declare = self._topology.declare
+        return declare == "active" or (declare == "passive" and bool(self.subscription.schedule.rungs()))
+
+    def _rung_at_least(self, delay: float) -> float:
+        """A rung for a wait that is none of the schedule's steps."""
+        if self._topology.declare == "active":
+            return rung_at_least(delay)
+        # Only those of the schedule are known to be there; the longest one, if none is long enough.
+        known = self.subscription.schedule.rungs()
+        return next((rung for rung in known if rung >= delay), known[-1])
 
     # -- settling -----------------------------------------------------------------------------------------------------
 
@@ -549,7 +573,10 @@ class Consumer:
         assert decision.wait is not None
         headers = self._failure_headers(delivery, decision, span)
         headers[h.ATTEMPT] = str(decision.attempt)
-        return await self._to_rung(hand, delivery, headers, decision.wait.seconds, decision.attempt, span)
+        delay = decision.wait.seconds
+        if delay not in self.subscription.schedule.rungs():
+            delay = self._rung_at_least(delay)
+        return await self._to_rung(hand, delivery, headers, delay, decision.attempt, span)
 
     async def _to_rung(
         self, hand: _InHand, delivery: Delivery, headers: dict[str, Any], delay: float, attempt: int, span: Span | None
@@ -733,10 +760,10 @@ class Consumer:
         self, hand: _InHand, delivery: Delivery, span: Span | None = None, decision: Decision | None = None
     ) -> None:
         """Let a message wait out the pause in a rung: nothing is counted."""
-        if self._topology.declare != "off":
+        if self._has_rungs():
             headers = dl.first_facts(delivery)
             headers[h.ATTEMPT] = str(delivery.attempt)
-            delay = rung_at_least(self._pause.left(self._clock.now()))
+            delay = self._rung_at_least(self._pause.left(self._clock.now()))
             if not await self._to_rung(hand, delivery, headers, delay, delivery.attempt, span):
                 return
             await self._ack(hand)
@@ -747,7 +774,8 @@ class Consumer:
         self._tell_settled(hand, delivery, "requeue", decision, _traceparent(span) if span is not None else "")
 
     def _passed(self, hand: _InHand) -> None:
-        if not hand.probe:
+        # A message that was put aside unread says nothing of what handlers call.
+        if not (hand.probe and hand.ran):
             return
         paused = self._pause.passed(self._clock.now())
         if paused is not None:
