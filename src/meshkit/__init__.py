@@ -104,7 +104,7 @@ _PUBLIC = {
 }
 _MODULES = ("embedded", "fastapi", "httpx", "rabbitmq", "sqlalchemy", "telemetry", "testing", "worker")
 
-__all__ = [
+__all__ = [  # pyright: ignore[reportUnsupportedDunderAll] - made from the table, which a test holds against the imports
     "__version__",
     *_PUBLIC,
     *_MODULES,

@@ -8,9 +8,9 @@ from dataclasses import replace
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.embedded_otlp.story_spans import BEGAN, QUEUE, REPLAY, STORY, Telling, enrolment, outage
 
 from meshkit.embedded.story import SpanEvent, SpanLink, SpanRecord, orphans, roots, services, tree, waterfall
+from tests.embedded_otlp.story_spans import BEGAN, QUEUE, REPLAY, STORY, Telling, enrolment, outage
 
 SECOND = 10**9
 

@@ -16,7 +16,7 @@ MAY_IMPORT = {
     "policies": {"errors", "core"},
     "messaging": {"errors", "core", "policies"},
     "telemetry": {"errors", "core", "policies", "messaging", "_version"},
-    **dict.fromkeys(EDGES, {"errors", "core", "policies", "messaging", "telemetry", "_version"}),
+    **{key: {"errors", "core", "policies", "messaging", "telemetry", "_version"} for key in EDGES},
     "embedded": set(),
     "pack": {"errors", "telemetry", "core"},
     "testing": {"errors", "core", "policies", "messaging", "telemetry", "embedded", "pack", *EDGES},
