@@ -319,6 +319,7 @@ class Show:
                 "retries": sum(
                     v for m, _, v in samples if m in ("meshkit_retries_total", "meshkit_message_retries_total")
                 ),
+                "duplicates": sum(value for metric, _, value in samples if metric == "meshkit_inbox_duplicates_total"),
                 "opened": sum(
                     v
                     for m, labels, v in samples
