@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import sys
+from io import TextIOWrapper
 
 from meshkit.errors import missing_extra
 
@@ -16,4 +18,11 @@ def main() -> None:
             raise
         sys.stderr.write(f"{missing_extra('demo', 'typer')}\n")
         raise SystemExit(2) from None
+    for stream in (sys.stdout, sys.stderr):
+        # A terminal that cannot show a letter shows its number.
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+    # What these log about a connection that failed is said by one line of our own.
+    for name in ("meshkit.rabbitmq", "aiormq", "aio_pika"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
     raise SystemExit(run())

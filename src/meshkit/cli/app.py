@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import json
-import logging
 import os
 import signal
 import sys
@@ -21,10 +20,10 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 import typer
 
 from meshkit._version import __version__
-from meshkit.errors import ConfigurationError, MeshkitError
+from meshkit.errors import ConfigurationError, MeshkitError, TopologyError
 
 if TYPE_CHECKING:
-    from meshkit.rabbitmq.dead_letters import DeadLetterRecord, Found, Receipt
+    from meshkit.rabbitmq.dead_letters import DeadLetterRecord, Found, Group, Receipt
 
 T = TypeVar("T")
 
@@ -54,9 +53,6 @@ class Stopped(Exception):
 
 def run(arguments: list[str] | None = None) -> int:
     """Run one command and return its exit code. Never a traceback for what a user can cause."""
-    # What libraries log about a connection that failed is said again by our own one line.
-    logging.getLogger("aio_pika").setLevel(logging.CRITICAL)
-    logging.getLogger("aiormq").setLevel(logging.CRITICAL)
     try:
         code = app(arguments, standalone_mode=False)
     except Stopped as stopped:
@@ -93,12 +89,12 @@ def say(line: str) -> None:
 
 
 def show(line: str = "") -> None:
-    """Into the data."""
-    print(line, flush=True)
+    """Into the data. What a message brought along must not steer the terminal."""
+    print("".join(each if each.isprintable() else repr(each)[1:-1] for each in line), flush=True)
 
 
 def show_json(value: object) -> None:
-    print(json.dumps(value, ensure_ascii=False, default=str), flush=True)
+    print(json.dumps(value, ensure_ascii=False), flush=True)
 
 
 def _asyncio(coroutine: Coroutine[Any, Any, T]) -> T:
@@ -189,21 +185,18 @@ def export(
 
 # -- dead letters -----------------------------------------------------------------------------------------------------
 
-Url = Annotated[
-    str,
-    typer.Option("--url", envvar="MESHKIT_AMQP_URL", help="The broker.", show_default=True, show_envvar=True),
-]
+Url = Annotated[str, typer.Option("--url", envvar="MESHKIT_AMQP_URL", help="The broker, with user and password.")]
 Json = Annotated[bool, typer.Option("--json", help="Machine-readable output on stdout.")]
 Foreign = Annotated[
     bool, typer.Option("--foreign", help="Read a queue that meshkit did not declare; looking may cost deliveries.")
 ]
-DEFAULT_URL = "amqp://guest:guest@localhost/"
+DEFAULT_URL = "amqp://localhost"
 
 
 @dlq.command("list")
 def dlq_list(
     queues: Annotated[
-        list[str] | None, typer.Argument(help="Dead-letter queues; found by the management API where left out.")
+        list[str] | None, typer.Argument(help="Queues, with or without .dlq; found by --management where left out.")
     ] = None,
     url: Url = DEFAULT_URL,
     management: Annotated[
@@ -213,35 +206,33 @@ def dlq_list(
     as_json: Json = False,
     foreign: Foreign = False,
 ) -> None:
-    """Show dead-letter queues: how many dead letters, and from what causes."""
+    """Show dead-letter queues: how many dead letters, and from what causes. Exit code 3 where there are any."""
     from meshkit.rabbitmq import dead_letters as dl
 
-    async def collect() -> list[tuple[Found, list[dl.Group], str]]:
-        rows: list[tuple[Found, list[dl.Group], str]] = []
+    names = [_dead_letter_queue(name, foreign) for name in queues or ()]
+    if not names and not management:
+        raise ConfigurationError(
+            "AMQP cannot list queues.", "Name them (meshkit dlq list QUEUE …), or give --management URL."
+        )
+
+    async def collect() -> list[tuple[Found, list[Group], str]]:
+        rows: list[tuple[Found, list[Group], str]] = []
         async with dl.DeadLetters(url) as letters:
-            names = [name if name.endswith(".dlq") else f"{name}.dlq" for name in queues or ()]
-            if management and not names:
-                found = await asyncio.to_thread(dl.found_by_management, management)
-            elif names:
-                found = await letters.depths(names)
-                missing = sorted(set(names) - {row.queue for row in found})
-                if missing:
-                    say(f"meshkit: no such queue on this broker: {', '.join(missing)}")
-            else:
-                raise ConfigurationError(
-                    "AMQP cannot list queues.", "Name them (meshkit dlq list QUEUE …), or give --management URL."
-                )
+            found = await letters.depths(names or await asyncio.to_thread(dl.names_from_management, management))
+            missing = sorted(set(names) - {row.queue for row in found})
+            if missing:
+                raise TopologyError(f"no such queue on this broker: {', '.join(missing)}.")
             for row in found:
+                groups: list[Group] = []
                 note = ""
-                groups: list[dl.Group] = []
                 if row.depth:
                     try:
                         records, total = await letters.read(row.queue, foreign=foreign)
-                        groups = dl.groups_of(records)
-                        if total > len(records):
-                            note = f"causes of the oldest {len(records)} of {total}"
-                    except MeshkitError as error:
+                    except TopologyError as error:
                         note = error.cause
+                    else:
+                        groups = dl.groups_of(records)
+                        note = f"causes of the oldest {len(records)}" if total > len(records) else ""
                 rows.append((row, groups, note))
         return rows
 
@@ -257,18 +248,17 @@ def dlq_list(
         width = max([len(row.queue) for row, _, _ in rows], default=5)
         show(f"{'queue':<{width}}  {'dead':>6}  causes")
         for row, groups, note in rows:
-            show(f"{row.queue:<{width}}  {row.depth:>6}  {len(groups) if not note or groups else '?'}  {note}".rstrip())
+            show(f"{row.queue:<{width}}  {row.depth:>6}  {len(groups) if groups or not note else '?'}  {note}".rstrip())
             for group in groups:
-                show(
-                    f"{'':<{width}}  {group.count:>6}  {group.fingerprint}  {_line(group.error_type, group.error_message)}"
-                )
-    # Findings are no failure of the command, but a script wants to know.
-    raise Stopped(3 if any(row.depth for row, _, _ in rows) else 0)
+                cause = group.reason if not group.error_type else _line(group.error_type, group.error_message)
+                show(f"{'':<{width}}  {group.count:>6}  {group.fingerprint or '-':<16}  {cause}")
+    if any(row.depth for row, _, _ in rows):
+        raise Stopped(3)
 
 
 @dlq.command("show")
 def dlq_show(
-    queue: Annotated[str, typer.Argument(help="The dead-letter queue.")],
+    queue: Annotated[str, typer.Argument(help="The queue, with or without .dlq.")],
     message: Annotated[str, typer.Argument(help="Message id or its beginning; the oldest where left out.")] = "",
     url: Url = DEFAULT_URL,
     as_json: Json = False,
@@ -278,40 +268,45 @@ def dlq_show(
     """Show one dead letter: what failed, where, why, and in which trace."""
     from meshkit.rabbitmq import dead_letters as dl
 
-    queue = queue if queue.endswith(".dlq") else f"{queue}.dlq"
+    queue = _dead_letter_queue(queue, foreign)
 
     async def find() -> DeadLetterRecord:
         async with dl.DeadLetters(url) as letters:
-            records, total = await letters.read(queue, foreign=foreign)
+            records, total = await letters.read(queue, limit=10_000 if message else 1, foreign=foreign)
         for record in records:
             if record.message_id.startswith(message):
                 return record
-        seen = f"the oldest {len(records)} of {total}" if total > len(records) else f"{total}"
+        if not total:
+            raise MeshkitError(f"{queue} is empty.", code="MK601")
+        seen = f"the oldest {len(records)} of {total}" if total > len(records) else f"the {total}"
         raise MeshkitError(f"none of {seen} dead letters in {queue} has an id like {message!r}.", code="MK601")
 
     record = _asyncio(find())
     if as_json:
         show_json(record.as_json(body=body))
         return
-    size = f"{len(record.body)} bytes"
-    show(f"message   {record.message_id}   {record.type}   {size}   {record.content_type}")
-    show(
-        f"failed    at attempt {record.attempt}, first {record.first_failed_at or '?'}, last {record.last_failed_at or '?'}"
-        f"   replayed {record.replay_count} times" + (f", last by {record.replayed_by}" if record.replayed_by else "")
+    failed = f"at attempt {record.attempt}, first {record.first_failed_at or '?'}, last {record.last_failed_at or '?'}"
+    replayed = f"replayed {record.replay_count} times" + (
+        f", last by {record.replayed_by}" if record.replayed_by else ""
     )
-    show(f"where     queue {record.queue}, {' '.join(filter(None, (record.service, record.version)))} on {record.host}")
+    service = " ".join(filter(None, (record.service, record.version))) or "?"
+    show(f"message   {record.message_id}   {record.type}   {len(record.body)} bytes   {record.content_type}")
+    show(f"failed    {failed}   {replayed}")
+    show(f"where     queue {record.queue or '?'}, {service} on {record.host or '?'}")
     show(f"from      exchange {record.exchange or '(default)'}, key {record.routing_key}")
-    show(f"cause     {record.reason}   {record.fingerprint}   {_line(record.error_type, record.error_message)}")
+    show(
+        f"cause     {record.reason}   {record.fingerprint}   {_line(record.error_type, record.error_message)}".rstrip()
+    )
     for line in record.stack.rstrip().splitlines():
         show(f"          {line}")
     show(f"trace     {record.trace_id or '(none)'}")
     if body:
-        show(f"body      {record.as_json()['body']}")
+        show(f"body      {'(no text)' if record.text is None else record.text}")
 
 
 @dlq.command("replay")
 def dlq_replay(
-    queue: Annotated[str, typer.Argument(help="The dead-letter queue.")],
+    queue: Annotated[str, typer.Argument(help="The queue, with or without .dlq.")],
     ids: Annotated[list[str] | None, typer.Option("--id", help="Message id or its beginning; repeatable.")] = None,
     group: Annotated[str | None, typer.Option("--group", help="Only this cause (as `list` names it).")] = None,
     limit: Annotated[int | None, typer.Option("--limit", min=1, help="So many at the most, oldest first.")] = None,
@@ -325,55 +320,74 @@ def dlq_replay(
     from meshkit import telemetry
     from meshkit.rabbitmq import dead_letters as dl
 
-    queue = queue if queue.endswith(".dlq") else f"{queue}.dlq"
+    queue = _dead_letter_queue(queue, foreign)
     observed = telemetry.setup(service="meshkit-dlq")
+    so_far: Receipt | None = None
 
-    async def replay() -> Receipt:
+    def progress(receipt: Receipt) -> None:
+        nonlocal so_far
+        so_far = receipt
+        if len(receipt.replayed) % 100 == 0:
+            say(f"  {len(receipt.replayed)} replayed")
+
+    async def replay(*, plan: Receipt | None) -> Receipt:
         async with dl.DeadLetters(url) as letters:
-            plan = await letters.replay(
-                queue, ids=ids or None, fingerprint=group, limit=limit, dry_run=True, foreign=foreign
-            )
-            if ids and not plan.planned:
-                raise MeshkitError(f"no dead letter in {queue} has an id like {', '.join(ids)}.", code="MK601")
-            going = plan.planned - len(plan.guarded)
-            say(f"plan: {going} of {plan.left} messages in {queue}, each back to the queue it failed in and no other")
-            say("      a message leaves the dead-letter queue only when the broker has confirmed its copy")
-            if plan.guarded:
-                say(f"      {len(plan.guarded)} left alone: replayed {dl.MOST_REPLAYS} times already and back again")
-            if dry_run or not going:
-                return plan
-            if not yes:
-                _confirm(going)
             return await letters.replay(
                 queue,
                 ids=ids or None,
                 fingerprint=group,
                 limit=limit,
+                # What has come since the plan was made is not part of it.
+                newest=plan.depth if plan is not None else None,
+                dry_run=plan is None,
                 foreign=foreign,
-                progress=lambda so_far: (
-                    say(f"  {len(so_far.replayed)} replayed") if len(so_far.replayed) % 100 == 0 else None
-                ),
+                progress=progress,
             )
 
-    try:
-        receipt = _asyncio(replay())
-    finally:
-        observed.shutdown()
+    # Two connections: nobody answers the broker's heartbeats while a person thinks about the plan.
+    receipt = _asyncio(replay(plan=None))
+    if ids and not receipt.planned:
+        raise MeshkitError(f"no dead letter in {queue} has an id like {' or '.join(ids)}.", code="MK601")
+    going = receipt.planned - len(receipt.guarded)
+    say(f"plan: {going} of {receipt.depth} messages in {queue}, each back to the queue it failed in and no other")
+    say("      a message leaves the dead-letter queue only when the broker has confirmed its copy")
+    if receipt.guarded:
+        say(f"      {len(receipt.guarded)} left alone: replayed {dl.MOST_REPLAYS} times already and back again")
+    if going and not dry_run:
+        if not yes:
+            _confirm(going)
+        try:
+            receipt = _asyncio(replay(plan=receipt))
+        except KeyboardInterrupt:
+            say(f"  {len(so_far.replayed) if so_far is not None else 0} replayed; the others are where they were")
+            raise
+        finally:
+            observed.shutdown()
     if as_json:
-        show_json(dataclasses.asdict(receipt))
-    elif not dry_run:
+        failed = [{"message_id": message_id, "why": why} for message_id, why in receipt.failed]
+        show_json({**dataclasses.asdict(receipt), "failed": failed})
+    elif not receipt.dry_run:
         show(
             f"{len(receipt.replayed)} replayed, {len(receipt.failed)} failed, {len(receipt.guarded)} left by the replay "
-            f"guard; {receipt.left} now in {queue}"
+            f"guard; {receipt.left} left in {queue}"
         )
-        for message_id, why in receipt.failed.items():
-            say(f"  {message_id} stays: {why}")
         if receipt.trace_id:
             show(f"trace {receipt.trace_id}")
-    if receipt.failed:
+    for message_id, why in receipt.failed:
+        say(f"  {message_id} stays: {why}")
+    if receipt.stopped:
+        say(f"meshkit: stopped: {receipt.stopped}")
+    if receipt.failed or receipt.stopped:
         raise Stopped(3)
     if receipt.guarded:
         raise Stopped(4)
+
+
+def _dead_letter_queue(name: str, foreign: bool) -> str:
+    """People name the queue they know; a foreign one has its name and no other."""
+    from meshkit.rabbitmq.topology import DEAD_LETTER_SUFFIX, dead_letter_queue
+
+    return name if foreign or name.endswith(DEAD_LETTER_SUFFIX) else dead_letter_queue(name)
 
 
 def _confirm(count: int) -> None:
@@ -385,5 +399,5 @@ def _confirm(count: int) -> None:
 
 def _line(error_type: str, message: str) -> str:
     first = message.strip().splitlines()[0] if message.strip() else ""
-    text = f"{error_type}: {first}" if first else error_type
+    text = f"{error_type}: {first}" if error_type and first else error_type or first
     return text if len(text) <= 100 else f"{text[:99]}…"

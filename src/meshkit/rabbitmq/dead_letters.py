@@ -321,8 +321,12 @@ class DeadLetters:
     async def _open(self, link: Link) -> None:
         link.start()
         if not await link.tried():
+            trouble = link.trouble
+            if "Connection.OpenOk" in trouble:
+                # What aiormq says where the broker answers Connection.Open by closing.
+                trouble = "there is no such virtual host, or this user may not use it"
             raise MeshkitError(
-                f"the broker at {self._url.host}:{self._server['server.port']} cannot be used: {link.trouble}.",
+                f"the broker at {self._url.host}:{self._server['server.port']} cannot be used: {trouble}.",
                 "Check that it runs, and address, user, password and vhost (--url or MESHKIT_AMQP_URL).",
                 code="MK102",
             )
