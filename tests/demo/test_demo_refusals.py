@@ -71,3 +71,13 @@ def test_a_folder_that_is_not_empty(tmp_path):
     """--keep does not write into somebody's folder."""
     (tmp_path / "mine").touch()
     assert "empty folder" in refused("--keep", str(tmp_path))
+
+
+def test_a_database_that_is_not_there():
+    """A service that does not come up is named, with what it complains about; it is not tried for ever."""
+    done = demo("--once", "--json", USER_SERVICE_DATABASE_URL="postgresql+asyncpg://nobody@127.0.0.1:1/none")
+    assert (2, "") == (done.returncode, done.stdout)
+    last = done.stderr.splitlines()[-1]
+    assert last.startswith("demo: user-service does not become ready: ")
+    assert "Connect call failed" in last
+    assert "Traceback" not in done.stderr

@@ -56,7 +56,7 @@ async def until(true: Callable[[], bool | Awaitable[bool]], *, within: float, ev
 
 
 class ServiceError(Exception):
-    """A service does not come up; the text holds the end of its log."""
+    """A service does not come up; the text holds what it last complained about."""
 
 
 @dataclass(slots=True)
@@ -205,8 +205,7 @@ class Platform:
             process = self.processes[name]
             while not await self.is_ready(name):
                 if time.monotonic() > deadline or process.failures >= 3:
-                    log = "\n".join(process.log.read_text(errors="replace").splitlines()[-15:])
-                    raise ServiceError(f"{name} does not become ready; the end of its log:\n{log}")
+                    raise ServiceError(f"{name} does not become ready: {_complaint(process.log)}")
                 await asyncio.sleep(0.05)
 
     def url(self, name: str) -> str:
@@ -308,6 +307,11 @@ class Platform:
         with contextlib.suppress(BrokenPipeError):
             self._guard.stdin.write((" ".join(alive) + "\n").encode())
             self._guard.stdin.flush()
+
+
+def _complaint(log: Path) -> str:
+    lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
+    return next((line for line in reversed(lines) if "Error" in line), lines[-1] if lines else "it says nothing")
 
 
 @contextlib.asynccontextmanager

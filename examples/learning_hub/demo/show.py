@@ -105,7 +105,7 @@ async def stage(
                 Platform(folder, amqp_url=url, otlp_url=receiver.url, temporary=keep is None, say=play.say, **platform)
             )
         except ServiceError as error:
-            raise CannotStart(str(error).replace("\n", " | ")[:600]) from error
+            raise CannotStart(str(error)) from error
         play.driver = Driver(play.platform, seed=seed)
         play.say("all of them are ready")
         yield play
