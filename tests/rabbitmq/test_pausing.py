@@ -16,7 +16,7 @@ from meshkit.core.events import (
     MessageSettled,
 )
 from meshkit.embedded import AmqpServer
-from meshkit.errors import BulkheadFullError
+from meshkit.errors import BulkheadFullError, RetryLater
 from meshkit.messaging.message import Delivery
 from meshkit.policies.circuit_breaker import CircuitBreaker
 
@@ -173,3 +173,27 @@ async def test_a_paused_consumer_takes_nothing(server: AmqpServer, make_bus: Mak
     may_end.set()
     await until(lambda: told_of(told, ConsumerResumed))
     await until(lambda: 7 == len(seen))
+
+
+async def test_a_passive_consumer_pauses_in_the_rungs_it_has(make_bus: MakeBus, outside: Outside, told: list[Event]):
+    """It makes none, so what waits for another time than the schedule's waits in the nearest of the schedule's."""
+    maker, user = make_bus(retry="20ms, 100ms, 300ms"), make_bus(retry="20ms, 100ms, 300ms", declare="passive")
+    maker.subscribe(UserCreated)(lambda event: None)
+    seen = []
+
+    @user.subscribe(UserCreated)
+    async def handle(event: UserCreated, delivery: Delivery) -> None:
+        seen.append(delivery.attempt)
+        if len(seen) == 1:
+            raise BulkheadFullError("full", retry_after=0.15)
+        if len(seen) == 2:
+            raise RetryLater(after=60)
+
+    await maker.start()
+    await maker.drain(1.0)
+    await user.start()
+    await user.publish(UserCreated(number=1))
+    await until(lambda: 3 == len(seen))
+    assert [1, 1, 2] == seen
+    assert -1 == await outside.depth("meshkit.delay.200ms")
+    assert -1 == await outside.depth("meshkit.delay.1m")

@@ -185,6 +185,6 @@ def _why(error: ValueError) -> str:
     tell: Any = getattr(error, "errors", None)
     if not callable(tell):
         return type(error).__name__
-    found: list[Any] = tell(include_url=False, include_context=False, include_input=False)
+    found: Any = tell(include_url=False, include_context=False, include_input=False)
     lines = [f"{'.'.join(map(str, one.get('loc', ()))) or 'body'}: {one.get('msg', '')}" for one in found[:3]]
     return "; ".join(lines) + (f"; and {len(found) - 3} more" if len(found) > 3 else "")

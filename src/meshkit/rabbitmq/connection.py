@@ -13,8 +13,8 @@ import contextlib
 import contextvars
 import logging
 import ssl
-from collections.abc import AsyncIterator, Awaitable
-from contextlib import asynccontextmanager
+from collections.abc import Awaitable
+from types import TracebackType
 from typing import Any, Final, Literal, TypeVar
 
 import aiormq
@@ -43,35 +43,43 @@ _LOOK_FOR_BLOCKED: Final = 1.0
 LOST: Final = (aiormq.exceptions.AMQPError, aiormq.exceptions.ChannelInvalidStateError, OSError, TimeoutError)
 
 
-@asynccontextmanager
-async def within(clock: Clock, seconds: float) -> AsyncIterator[None]:
+class within:
     """Raise `TimeoutError` where the block takes longer. Somebody else's cancellation stays one; but aiormq ends what
     waits on a channel that it closes as if it had been cancelled, and that is an `AMQPConnectionError` here."""
-    task = asyncio.current_task()
-    assert task is not None
-    cancelling = task.cancelling()
-    fired = False
 
-    def fire() -> None:
-        nonlocal fired
-        fired = True
-        task.cancel()
+    __slots__ = ("_cancelling", "_clock", "_fired", "_seconds", "_task", "_timer")
 
-    timer = clock.call_at(clock.now() + seconds, fire)
-    try:
-        yield
-    except asyncio.CancelledError:
-        if fired and task.uncancel() <= cancelling:
-            fired = False
-            raise TimeoutError(f"no answer within {seconds:g} s") from None
-        fired = False
-        if task.cancelling() <= cancelling:
+    def __init__(self, clock: Clock, seconds: float) -> None:
+        self._clock = clock
+        self._seconds = seconds
+        self._fired = False
+
+    def _fire(self) -> None:
+        self._fired = True
+        self._task.cancel()
+
+    async def __aenter__(self) -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        self._task = task
+        self._cancelling = task.cancelling()
+        self._timer = self._clock.call_at(self._clock.now() + self._seconds, self._fire)
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._timer.cancel()
+        if self._fired:
+            # Taken back in any case: the block may have ended by itself in the very turn in which its time was over.
+            left = self._task.uncancel()
+            if kind is not None and issubclass(kind, asyncio.CancelledError) and left <= self._cancelling:
+                raise TimeoutError(f"no answer within {self._seconds:g} s") from None
+        elif (
+            kind is not None
+            and issubclass(kind, asyncio.CancelledError)
+            and self._task.cancelling() <= self._cancelling
+        ):
             raise aiormq.exceptions.AMQPConnectionError("the channel or the connection was closed") from None
-        raise
-    finally:
-        timer.cancel()
-        if fired:
-            task.uncancel()
 
 
 async def finished(doing: Awaitable[T]) -> T:

@@ -286,9 +286,6 @@ def _properties(message: Message, channel: AbstractChannel) -> commands.Basic.Pr
     frame_max = channel.connection.connection_tune.frame_max or h.MOST_BYTES + _FRAME_ROOM
     most = min(h.MOST_BYTES, max(1024, frame_max - _FRAME_ROOM))
     headers = h.fitted(headers, most=most)
-    if h.size(headers) > most:
-        # The broker would close the connection over it, with all that is in flight.
-        raise ValueError(f"its headers take more than {most} bytes")
     return commands.Basic.Properties(
         content_type=message.content_type,
         content_encoding=message.content_encoding,
