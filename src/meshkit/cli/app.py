@@ -57,15 +57,13 @@ def run(arguments: list[str] | None = None) -> int:
         code = app(arguments, standalone_mode=False)
     except Stopped as stopped:
         return stopped.code
-    except typer.Abort:
-        return 130
     except ModuleNotFoundError as error:
         say(f"meshkit: {error.name} is not installed. Install meshkit-py again, with the extras that you use.")
         return 2
     except MeshkitError as error:
         say(f"meshkit: {error}")
         return 2
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, typer.Abort):
         say("meshkit: interrupted")
         return 130
     except BrokenPipeError:
@@ -363,10 +361,11 @@ def dlq_replay(
             raise
         finally:
             observed.shutdown()
+    receipt.dry_run = dry_run  # where there was nothing to send back, the plan is all there is
     if as_json:
         failed = [{"message_id": message_id, "why": why} for message_id, why in receipt.failed]
         show_json({**dataclasses.asdict(receipt), "failed": failed})
-    elif not receipt.dry_run:
+    elif not dry_run:
         show(
             f"{len(receipt.replayed)} replayed, {len(receipt.failed)} failed, {len(receipt.guarded)} left by the replay "
             f"guard; {receipt.left} left in {queue}"
