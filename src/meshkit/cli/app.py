@@ -78,6 +78,9 @@ def run(arguments: list[str] | None = None) -> int:
         traceback.print_exc()
         say("meshkit: this is a defect of meshkit; please report the lines above")
         return 1
+    if code == 130:
+        # Newer typers make Ctrl-C an exit code of their own.
+        say("meshkit: interrupted")
     return code if isinstance(code, int) else 0
 
 
