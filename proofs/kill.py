@@ -2,9 +2,9 @@
 
     ./run proof kill [--kills 10] [--seed 1] [--broker local|embedded|URL]
 
-The five acts run while services die: each is killed so many times, at a moment that chance chooses, once it is ready again. When the acts
-are over, traffic goes on until all kills are done. Dead letters that the kills have cost are replayed, as an operator would. Then the
-books are held against each other, as in the demo: what the driver was told over HTTP, the services' tables, the provider's list of charges.
+The acts run while services die, and while people go on enrolling all the time: each act has its share of the kills, in an order and at
+moments that chance chooses. Dead letters that the kills have cost are replayed, as an operator would. Then the books are held against each
+other, as in the demo: what the driver was told over HTTP, the services' tables, the provider's list of charges.
 """
 
 from __future__ import annotations
@@ -27,11 +27,8 @@ from learning_hub.demo.show import Show, StoryBroken, stage
 from meshkit.rabbitmq.dead_letters import DeadLetters
 
 
-async def kill_all(play: Show, kills: int, chance: random.Random) -> Counter[str]:
-    """Kill each service `kills` times, in an order and at moments that chance chooses."""
-    done: Counter[str] = Counter()
-    victims = [name for name in play.platform.processes for _ in range(kills)]
-    chance.shuffle(victims)
+async def kill(play: Show, victims: list[str], chance: random.Random) -> None:
+    """Kill these, one after the other, each at a moment that chance chooses."""
     for name in victims:
         await asyncio.sleep(chance.uniform(0.05, 1.2))
         while True:
@@ -40,8 +37,6 @@ async def kill_all(play: Show, kills: int, chance: random.Random) -> Counter[str
             await asyncio.sleep(chance.uniform(0.0, 0.3))
             if play.platform.kill(name):
                 break
-        done[name] += 1
-    return done
 
 
 async def trickle(play: Show) -> None:
@@ -65,19 +60,24 @@ async def run(broker: str, kills: int, seed: int) -> dict[str, object]:
     chance = random.Random(seed)
     async with stage(broker, tale=sys.stdout, seed=seed) as play:
         play.patience = 5.0
-        killing = asyncio.create_task(kill_all(play, kills, chance))
+        victims = [name for name in play.platform.processes for _ in range(kills)]
+        chance.shuffle(victims)
+        acts = (play.normal_traffic, play.outage, play.defect, play.replay)
         people = asyncio.create_task(trickle(play))
         try:
-            await play.acts()
-            play.say("the acts are over; people go on enrolling until all kills are done")
-            killed = await killing
+            for number, act in enumerate(acts):
+                try:
+                    async with asyncio.TaskGroup() as both:
+                        both.create_task(act())
+                        both.create_task(kill(play, victims[number :: len(acts)], chance))
+                except ExceptionGroup as group:
+                    raise group.exceptions[0] from None
+            await play.all_ended()
         finally:
-            for task in (killing, people):
-                task.cancel()
-            results = await asyncio.gather(killing, people, return_exceptions=True)
-        for result in results:
-            if isinstance(result, Exception):
-                raise result
+            people.cancel()
+            (ended,) = await asyncio.gather(people, return_exceptions=True)
+        if isinstance(ended, Exception):
+            raise ended
         await play.platform.until_ready()
         now = await play.settled(within=10)
         replayed = 0
@@ -95,7 +95,7 @@ async def run(broker: str, kills: int, seed: int) -> dict[str, object]:
             "proof": "kill",
             "broker": play.broker,
             "seed": seed,
-            "kills": dict(sorted(killed.items())),
+            "kills": dict(sorted(Counter(victims).items())),
             "enrollments_accepted": len(told.enrollments),
             "enrollments_completed": states.count("completed"),
             "enrollments_compensated": states.count("compensated"),

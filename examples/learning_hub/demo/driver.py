@@ -112,13 +112,21 @@ class Driver:
 
     async def provider(self, behaviour: str, *, seconds: float = 1.0) -> None:
         """Tell the payment provider how to behave from now on."""
-        while True:
-            try:
-                answer = await self._platform.http.put(
-                    self._platform.url("payment-provider") + "/mode", json={"behaviour": behaviour, "seconds": seconds}
-                )
-            except httpx.TransportError:
-                await asyncio.sleep(0.2)
-            else:
-                answer.raise_for_status()
-                return
+        await self._provider("PUT", "/mode", {"behaviour": behaviour, "seconds": seconds})
+
+    async def asked(self, behaviour: str) -> int:
+        """How often the provider was asked for a charge while it behaved like this, by its own book."""
+        requests = (await self._provider("GET", "/requests")).json()
+        return sum(request["behaviour"] == behaviour for request in requests)
+
+    async def _provider(self, method: str, path: str, body: object = None) -> httpx.Response:
+        async with asyncio.timeout(120):
+            while True:
+                try:
+                    answer = await self._platform.http.request(
+                        method, self._platform.url("payment-provider") + path, json=body
+                    )
+                except httpx.TransportError:
+                    await asyncio.sleep(0.2)
+                else:
+                    return answer.raise_for_status()

@@ -198,6 +198,9 @@ class Show:
         await self.driver.provider("ok")
         repaired = time.monotonic()
         self.say(f"the provider is repaired after {repaired - began:.1f} s")
+        self.say(
+            f"by its own book it was asked for a charge only {await self.driver.asked('fail')} times while it failed"
+        )
         now = await self.settled()
         self.outage_dead_letters = await self.dead_letters()
         self.say(f"all caught up {time.monotonic() - repaired:.1f} s later: {self._ended(now)}")
