@@ -80,7 +80,7 @@ async def test_a_copy_that_is_refused_keeps_its_message_in_hand(
     assert 1 == server.queue(QUEUE).unacked
     await until(lambda: ["dead_letter"] == outcomes(told))
     await until(lambda: all(check.ok for check in bus.checks()))
-    assert 0 == server.queue(QUEUE).unacked
+    await until(lambda: 0 == server.queue(QUEUE).unacked)
     assert 1 == len({message.properties.message_id for message in server.queue(DLQ).messages})
 
 
@@ -161,7 +161,7 @@ async def test_a_lost_acknowledgement_is_made_up_for(server: AmqpServer, make_bu
     await until(lambda: any(isinstance(event, DuplicateSkipped) for event in told))
     await bus.publish(UserCreated(number=2))
     await until(lambda: [1, 2] == seen)
-    assert 0 == server.queue(QUEUE).unacked
+    await until(lambda: 0 == server.queue(QUEUE).unacked)
 
 
 @embedded
