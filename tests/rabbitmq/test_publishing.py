@@ -7,7 +7,7 @@ import asyncio
 import pytest
 from bus_steps import CourseGranted, MakeBus, Outside, UserCreated, embedded, until
 
-from meshkit.core.events import BrokerBlocked, Event, MessagePublished
+from meshkit.core.events import BrokerBlocked, BrokerConnectionChanged, Event, MessagePublished
 from meshkit.embedded import AmqpServer
 from meshkit.errors import PublishError, PublishNackedError, PublishTimeoutError, UnroutableError
 from meshkit.messaging.headers import without_broker_headers
@@ -38,8 +38,8 @@ async def test_an_event_without_a_queue_raises(make_bus: MakeBus, outside: Outsi
     assert ["returned"] == [event.outcome for event in told if isinstance(event, MessagePublished)]
 
 
-async def test_a_missing_exchange_raises_and_hits_nobody_else(make_bus: MakeBus, outside: Outside):
-    """The broker closes the channel of such a publish; events for other exchanges are not on it."""
+async def test_a_missing_exchange_raises_and_hits_nobody_else(make_bus: MakeBus, outside: Outside, told: list[Event]):
+    """Such a publish would close its channel, and with it perhaps the connection; it is not even sent."""
     await outside.bind("audit", "user-events", "user.created")
     bus = make_bus()
     await bus.start()
@@ -51,6 +51,7 @@ async def test_a_missing_exchange_raises_and_hits_nobody_else(make_bus: MakeBus,
     assert [UnroutableError] * 5 == [type(result) for result in results[:5]]
     assert [str] * 5 == [type(result) for result in results[5:]]
     assert 5 == await outside.depth("audit")
+    assert all(event.connected for event in told if isinstance(event, BrokerConnectionChanged))
 
 
 async def test_twenty_publishes_with_one_id_each_get_their_own_answer(make_bus: MakeBus, outside: Outside):
@@ -102,6 +103,18 @@ async def test_headers_that_are_too_large_are_made_to_fit(make_bus: MakeBus, out
     await bus.publish_message(Message(body=b"", message_id="1", headers=headers), "user-events", "user.created")
     (found,) = await outside.take("audit")
     assert "kept" == found.headers["small"]
+
+
+async def test_a_closed_bus_says_so_at_once(make_bus: MakeBus, outside: Outside):
+    """Nobody waits for a connection that will not come."""
+    await outside.bind("audit", "user-events", "user.created")
+    bus = make_bus()
+    await bus.start()
+    await bus.publish(UserCreated(number=1))
+    await bus.close()
+    async with asyncio.timeout(1):
+        with pytest.raises(PublishError, match="closed"):
+            await bus.publish(UserCreated(number=2))
 
 
 # -- a broker that misbehaves -----------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Final
 
-from meshkit.core.events import DeadLetterReason
+from meshkit.core.events import DeadLetterReason, error_type
 from meshkit.messaging import headers as h
 from meshkit.messaging.message import Delivery
 
@@ -51,7 +51,7 @@ def failure_headers(
     headers.setdefault(h.FIRST_FAILED_AT, now)
     headers[h.LAST_FAILED_AT] = now
     facts = {
-        h.ERROR_TYPE: type_name(error) if error is not None else "",
+        h.ERROR_TYPE: error_type(error) if error is not None else "",
         h.ERROR_MESSAGE: h.cut(message_of(error) if error is not None else note, h.MOST_MESSAGE),
         h.ERROR_STACK: h.tail(stack_of(error), h.MOST_STACK) if error is not None else "",
         h.ERROR_FINGERPRINT: fingerprint(error, note),
@@ -88,14 +88,6 @@ def dead_letter_headers(headers: dict[str, Any], *, reason: DeadLetterReason, at
 
 
 # -- what failed ------------------------------------------------------------------------------------------------------
-
-
-def type_name(error: BaseException) -> str:
-    """`module.Class` of an exception; built-in ones without a module."""
-    kind = type(error)
-    return (
-        kind.__qualname__ if kind.__module__ in ("builtins", "__main__") else f"{kind.__module__}.{kind.__qualname__}"
-    )
 
 
 def message_of(error: BaseException) -> str:
@@ -138,7 +130,7 @@ def fingerprint(error: BaseException | None, note: str = "") -> str:
     if error is None:
         parts = ("", "", masked(note))
     else:
-        parts = (type_name(error), _place(error.__traceback__), masked(message_of(error)[: h.MOST_MESSAGE]))
+        parts = (error_type(error), _place(error.__traceback__), masked(message_of(error)[: h.MOST_MESSAGE]))
     return hashlib.sha256("\n".join(parts).encode("utf-8", "replace")).hexdigest()[:16]
 
 

@@ -14,6 +14,7 @@ from typing import Any, Final, Self, TypeVar
 from yarl import URL
 
 from meshkit.core.clock import SYSTEM_CLOCK, Clock
+from meshkit.core.events import error_type
 from meshkit.core.lifecycle import Check
 from meshkit.core.scope import current_scope
 from meshkit.core.settings import setting
@@ -344,11 +345,11 @@ class RabbitBus:
         except PublishError as error:
             outcome = outcome_of(error)
             span.set({"meshkit.publish.outcome": outcome})
-            span.fail(outcome if outcome in ("returned", "nacked") else type(error).__qualname__, error.cause)
+            span.fail(outcome if outcome in ("returned", "nacked") else error_type(error), error.cause)
             raise
         except BaseException as error:
             if isinstance(error, Exception):
-                span.fail(type(error).__qualname__, str(error))
+                span.fail(error_type(error), str(error))
             raise
         else:
             span.set({"meshkit.publish.outcome": "confirmed"})

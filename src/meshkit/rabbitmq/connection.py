@@ -141,6 +141,7 @@ class Link:
         self._tried = asyncio.Event()
         self._up = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
+        self._closed = False
 
     @property
     def connected(self) -> bool:
@@ -160,8 +161,14 @@ class Link:
         return self.connected
 
     async def up(self) -> AbstractConnection:
-        """The connection, once there is one."""
+        """The connection, once there is one.
+
+        Raises:
+            AMQPConnectionError: there will be none, because this has been closed.
+        """
         while True:
+            if self._closed:
+                raise aiormq.exceptions.AMQPConnectionError("closed")
             connection = self._connection
             if connection is not None and not connection.is_closed:
                 return connection
@@ -184,12 +191,13 @@ class Link:
 
     async def close(self) -> None:
         """Close the connection for good."""
+        self._closed = True
         task, self._task = self._task, None
-        if task is None:
-            return
-        task.cancel()
-        await asyncio.gather(task, return_exceptions=True)
+        if task is not None:
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
         self.trouble = "closed"
+        self._up.set()
 
     # -- inside -------------------------------------------------------------------------------------------------------
 

@@ -31,6 +31,7 @@ from meshkit.core.events import (
     MessageSettled,
     emit,
 )
+from meshkit.core.events import error_type as type_of
 from meshkit.core.lifecycle import Check
 from meshkit.core.scope import Handling, Scope, scope_open
 from meshkit.core.trace import Span, TraceContext, parse_traceparent, tracer
@@ -141,7 +142,7 @@ class Consumer:
         self._topology = topology
         self._origin = origin
         self._clock = clock
-        self._pipeline: Pipeline[Any] | None = (
+        self._pipeline: Pipeline | None = (
             Pipeline(subscription.queue, *subscription.policies) if subscription.policies else None
         )
         self._server = server_attributes(link.url)
@@ -222,7 +223,9 @@ class Consumer:
         tasks = self._tasks()
         for left in tasks:
             left.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        if tasks:
+            # Not for ever: a handler may ignore that it is cancelled. Its message goes back with the connection.
+            await asyncio.wait(tasks, timeout=_GIVE_BACK)
         if self._at_close is not None:
             await self._at_close()
 
@@ -481,7 +484,7 @@ class Consumer:
                 return Judgement()
             decision = self._decide(outcome.error, delivery, scope)
             counts = decision.outcome == "retry" or decision.reason == "retries_exhausted"
-            return Judgement(breaker="failure" if counts else "neutral", error_type=dl.type_name(outcome.error))
+            return Judgement(breaker="failure" if counts else "neutral", error_type=type_of(outcome.error))
 
         async def run(_: Call) -> None:
             await self._in_inbox(given, delivery)
@@ -532,7 +535,7 @@ class Consumer:
     # -- settling -----------------------------------------------------------------------------------------------------
 
     async def _settle(self, hand: _InHand, delivery: Delivery, decision: Decision, span: Span) -> None:
-        error_type = dl.type_name(decision.error) if decision.error is not None else ""
+        error_type = type_of(decision.error) if decision.error is not None else ""
         span.set({"meshkit.message.outcome": decision.outcome})
         if decision.error is not None:
             span.fail(error_type, dl.message_of(decision.error))
@@ -680,7 +683,7 @@ class Consumer:
         try:
             await self._publisher.send(copy, exchange, routing_key, traceparent=_traceparent(hop))
         except Exception as error:
-            hop.fail(type(error).__qualname__)
+            hop.fail(type_of(error))
             raise
         finally:
             hop.end()
@@ -797,7 +800,7 @@ class Consumer:
                 outcome=outcome,
                 seconds=self._clock.now() - hand.arrived,
                 attempt=delivery.attempt,
-                error_type=dl.type_name(error) if error is not None else "",
+                error_type=type_of(error) if error is not None else "",
                 age=delivery.age(self._clock.time()),
                 traceparent=traceparent,
             )

@@ -20,7 +20,7 @@ from meshkit.errors import (
 )
 from meshkit.messaging import headers as h
 from meshkit.messaging.message import Message
-from meshkit.rabbitmq.connection import LOST, Link, within
+from meshkit.rabbitmq.connection import LOST, RPC_TIMEOUT, Link, within
 
 _log = logging.getLogger("meshkit.rabbitmq")
 
@@ -119,6 +119,11 @@ class Publisher:
                 f"{self._timeout:g} s{why}.",
                 "It may be stored or not; publishing it again under the same id is safe.",
             ) from error
+        except LOST as error:
+            raise PublishError(
+                f"message {message.message_id} to {_where(exchange, routing_key)} was not confirmed: the bus is closed.",
+                "Close the bus last; an outbox publishes what is left when the service runs again.",
+            ) from error
         finally:
             if heard(MessagePublished):
                 emit(
@@ -199,8 +204,13 @@ class Publisher:
         return await asyncio.shield(opening)
 
     async def _open(self, exchange: str) -> _Lane:
-        lane = _Lane(await self._link.channel(confirms=True))
-        self._lanes[exchange] = lane
+        channel = await self._link.channel(confirms=True)
+        if exchange:
+            # Is it there? A publish to one that is not closes the channel; and what aiormq still writes to a channel that
+            # the broker has closed makes the broker close the whole connection.
+            async with within(self._clock, RPC_TIMEOUT):
+                await channel.exchange_declare(exchange, passive=True)
+        self._lanes[exchange] = lane = _Lane(channel)
         return lane
 
     def _opened(self, exchange: str, done: asyncio.Task[_Lane]) -> None:
