@@ -431,8 +431,8 @@ class OutboxRelay:
 
     async def _from_locked_rows(self, session: AsyncSession) -> _Batch:
         """Publish a batch in one transaction, whose locks on the rows keep other relays away."""
-        # Under MySQL's default isolation a lock on rows is one on the gaps between them, and the gap at the end is
-        # where everybody wants to write.
+        # Under MySQL's default isolation a lock on rows takes the gaps of what is missing along, and a row that another
+        # relay has deleted since the first look is an error to later MariaDBs.
         await session.begin()
         await session.connection(
             bind_arguments={"clause": outbox_table}, execution_options={"isolation_level": "READ COMMITTED"}
