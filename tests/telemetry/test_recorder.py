@@ -373,7 +373,7 @@ async def fail() -> None:
 
 async def test_a_scrape_shows_state_and_calls_of_each_breaker(recorder, registry):
     """State is one-hot, calls are counted by result, both as they are when somebody looks."""
-    breaker = CircuitBreaker("provider", min_calls=2, window=2)
+    breaker = CircuitBreaker("scraped provider", min_calls=2, window=2)
     guarded = breaker(fail)
     for _ in range(2):
         with pytest.raises(OSError):
@@ -383,16 +383,16 @@ async def test_a_scrape_shows_state_and_calls_of_each_breaker(recorder, registry
             await guarded()
     generate_latest(registry)
     states = {
-        state: value(registry, "meshkit_circuitbreaker_state", breaker="provider", state=state)
+        state: value(registry, "meshkit_circuitbreaker_state", breaker="scraped provider", state=state)
         for state in ("closed", "open", "half_open", "isolated")
     }
     assert {"closed": 0, "open": 1, "half_open": 0, "isolated": 0} == states
     calls = {
-        result: value(registry, "meshkit_circuitbreaker_calls_total", breaker="provider", result=result)
+        result: value(registry, "meshkit_circuitbreaker_calls_total", breaker="scraped provider", result=result)
         for result in ("success", "failure", "ignored", "rejected")
     }
     assert {"success": 0, "failure": 2, "ignored": 0, "rejected": 3} == calls
-    labels = {"breaker": "provider", "from_state": "closed", "to_state": "open"}
+    labels = {"breaker": "scraped provider", "from_state": "closed", "to_state": "open"}
     assert 1 == value(registry, "meshkit_circuitbreaker_transitions_total", **labels)
 
 
