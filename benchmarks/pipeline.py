@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Coroutine, Iterator, Mapping
-from typing import Any
+from collections.abc import Iterator, Mapping
 
 import circuitbreaker
 
@@ -22,14 +21,14 @@ async def _nothing() -> None: ...
 
 @contextlib.contextmanager
 def contenders() -> Iterator[Mapping[str, Sample]]:
-    standard: meshkit.Pipeline[Coroutine[Any, Any, None]] = meshkit.Pipeline(
+    standard = meshkit.Pipeline(
         "bench",
         meshkit.Timeout(seconds=30),
         meshkit.Retry(attempts=3),
         meshkit.CircuitBreaker("bench"),
         meshkit.Timeout(seconds=5),
     )
-    empty: meshkit.Pipeline[Coroutine[Any, Any, None]] = meshkit.Pipeline("empty")
+    empty = meshkit.Pipeline("empty")
     yield {
         "standard pipeline": each_async(standard(_nothing)),
         "empty pipeline": each_async(empty(_nothing)),

@@ -56,7 +56,7 @@ def _by_hand(fn: Fn) -> Fn:
 @contextlib.contextmanager
 def contenders() -> Iterator[Mapping[str, Sample]]:
     ours = meshkit.Retry(on=OSError, attempts=3, backoff=meshkit.Backoff(first=0, jitter=lambda longest: longest))
-    pipeline: meshkit.Pipeline[Awaitable[object]] = meshkit.Pipeline("bench", ours)
+    pipeline = meshkit.Pipeline("bench", ours)
     decorators: dict[str, Callable[[Fn], Fn]] = {
         "hand-written loop": _by_hand,
         "meshkit retry": pipeline,

@@ -20,7 +20,7 @@ MK6xx dead letters. `CODES` is the one list of them; docs/errors.md is read agai
 
 from __future__ import annotations
 
-from typing import ClassVar, Final
+from typing import Any, ClassVar, Final
 
 CODES: Final[dict[str, str]] = {
     "MK100": "a setting or an argument has a value that cannot work",
@@ -48,6 +48,14 @@ CODES: Final[dict[str, str]] = {
 }
 
 
+def _copied(kind: type[BaseException], args: tuple[Any, ...]) -> BaseException:
+    """An error as it is before its attributes are set. Copies (and pickles: an error crosses from a worker process) are
+    made without `__init__`, whose arguments are keywords, while Python knows only of `args`."""
+    error = kind.__new__(kind, *args)
+    error.args = args
+    return error
+
+
 class MeshkitError(Exception):
     """What all errors of meshkit have: a code, one sentence of cause, one of remedy.
 
@@ -69,6 +77,9 @@ class MeshkitError(Exception):
     def __str__(self) -> str:
         text = f"{self.code}  {self.cause}"
         return f"{text} {self.remedy}" if self.remedy else text
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _copied, (type(self), self.args), self.__dict__
 
 
 # -- never started ----------------------------------------------------------------------------------------------------
@@ -226,6 +237,9 @@ class HandlerVerdict(BaseException):
     """
 
     outcome: ClassVar[str]
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _copied, (type(self), self.args), self.__dict__
 
 
 class RetryLater(HandlerVerdict):

@@ -36,6 +36,7 @@ except ImportError as error:
 
 from meshkit.core.clock import SYSTEM_CLOCK, Clock, Timer
 from meshkit.core.events import ServerRequestEnded, ServerRequestStarted, emit, heard
+from meshkit.core.events import error_type as _type_of
 from meshkit.core.lifecycle import Lifecycle, Part, Probe
 from meshkit.core.scope import Scope as MeshScope
 from meshkit.core.scope import scope_open
@@ -687,10 +688,3 @@ def _redacted(query: str) -> str:
         secret = plain in SENSITIVE_PARAMETERS or plain.startswith("x-amz-")
         pairs.append(f"{name}=REDACTED" if equals and secret else pair)
     return "&".join(pairs)
-
-
-def _type_of(error: BaseException) -> str:
-    """`module.Class`, ours by their public name."""
-    kind = type(error)
-    module = kind.__module__.split(".")[0] if kind.__module__.startswith("meshkit.") else kind.__module__
-    return kind.__qualname__ if module == "builtins" else f"{module}.{kind.__qualname__}"

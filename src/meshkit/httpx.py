@@ -42,6 +42,7 @@ from typing import TYPE_CHECKING, Any, Final, Literal, Self, TypedDict, Unpack, 
 from meshkit.core.call import Call, Judgement, Outcome, Pipeline, Policy
 from meshkit.core.clock import SYSTEM_CLOCK, Clock
 from meshkit.core.events import ClientAttemptEnded, ClientCallEnded, RetryScheduled, TimedOut, emit, heard
+from meshkit.core.events import error_type as _type_of
 from meshkit.core.scope import Scope, current_scope, scope_open
 from meshkit.core.trace import AttributeValue, tracer
 from meshkit.errors import (
@@ -110,7 +111,7 @@ class _Policies(TypedDict, total=False):
     retry: Retry | None
     breaker: CircuitBreaker | Literal["per-host"] | None
     fallback: Fallback | Callable[[Outcome], Any] | None
-    pipeline: Pipeline[Any] | None
+    pipeline: Pipeline | None
     inner: Any
     clock: Clock
 
@@ -150,7 +151,7 @@ def transport(
     retry: Retry | None = STANDARD_RETRY,
     breaker: CircuitBreaker | Literal["per-host"] | None = "per-host",
     fallback: Fallback | Callable[[Outcome], Any] | None = None,
-    pipeline: Pipeline[Any] | None = None,
+    pipeline: Pipeline | None = None,
     inner: Any = None,
     library: Library | None = None,
     clock: Clock = SYSTEM_CLOCK,
@@ -215,7 +216,7 @@ def client(
     retry: Retry | None = STANDARD_RETRY,
     breaker: CircuitBreaker | Literal["per-host"] | None = "per-host",
     fallback: Fallback | Callable[[Outcome], Any] | None = None,
-    pipeline: Pipeline[Any] | None = None,
+    pipeline: Pipeline | None = None,
     inner: Any = None,
     library: Library | None = None,
     clock: Clock = SYSTEM_CLOCK,
@@ -348,7 +349,7 @@ def _make(
     retry: Retry | None,
     breaker: CircuitBreaker | Literal["per-host"] | None,
     fallback: Fallback | Callable[[Outcome], Any] | None,
-    pipeline: Pipeline[Any] | None,
+    pipeline: Pipeline | None,
     inner: Any,
     clock: Clock,
     connection: dict[str, Any],
@@ -449,10 +450,10 @@ class _Hosts:
         self._clock = clock
         self._per_host = breaker == "per-host"
         given = [breaker] if isinstance(breaker, CircuitBreaker) else []
-        self._plain: Pipeline[Any] = Pipeline(name, *outer, *given, *innermost)
-        self._known: OrderedDict[str, tuple[CircuitBreaker, Pipeline[Any]]] = OrderedDict()
+        self._plain: Pipeline = Pipeline(name, *outer, *given, *innermost)
+        self._known: OrderedDict[str, tuple[CircuitBreaker, Pipeline]] = OrderedDict()
 
-    def pipeline(self, url: Any) -> Pipeline[Any]:
+    def pipeline(self, url: Any) -> Pipeline:
         if not self._per_host:
             return self._plain
         host = _origin(url)
@@ -464,7 +465,7 @@ class _Hosts:
             _log.warning("client %r: %d hosts are down; calls to %s go without a breaker", self._name, MOST_HOSTS, host)
             return self._plain
         breaker = CircuitBreaker(self._name if host == self._home else f"{self._name} {host}", clock=self._clock)
-        made: Pipeline[Any] = Pipeline(self._name, *self._outer, breaker, *self._innermost)
+        made: Pipeline = Pipeline(self._name, *self._outer, breaker, *self._innermost)
         self._known[host] = (breaker, made)
         return made
 
@@ -1117,10 +1118,3 @@ def redacted(url: str) -> str:
             pairs.append(f"{name}=REDACTED" if equals and secret else pair)
         query = "&".join(pairs)
     return urllib.parse.urlunsplit((parts.scheme, netloc, parts.path, query, ""))
-
-
-def _type_of(error: BaseException) -> str:
-    """`module.Class`, ours by their public name."""
-    kind = type(error)
-    module = kind.__module__.split(".")[0] if kind.__module__.startswith("meshkit.") else kind.__module__
-    return kind.__qualname__ if module == "builtins" else f"{module}.{kind.__qualname__}"

@@ -4,7 +4,7 @@ import pytest
 
 from meshkit import CircuitOpenError, ConfigurationError, Fallback, Pipeline, Retry, Scope, listen
 from meshkit.core.call import Call, Judgement
-from meshkit.core.events import FallbackUsed
+from meshkit.core.events import FallbackUsed, error_type
 from meshkit.core.scope import scope_open
 
 
@@ -100,7 +100,7 @@ async def test_the_event_says_why(error, reason):
 
     await Pipeline("prices", Fallback(answer=7)).call(fails)
     stop()
-    assert [FallbackUsed(source="prices", reason=reason, result="success", error_type=type(error).__name__)] == heard
+    assert [FallbackUsed(source="prices", reason=reason, result="success", error_type=error_type(error))] == heard
 
 
 async def test_retries_come_first(clock):

@@ -67,5 +67,9 @@ class _SystemClock:
     def __repr__(self) -> str:
         return "SYSTEM_CLOCK"
 
+    def __reduce__(self) -> str:
+        # There is one, also after a policy that holds it was copied or sent to another process.
+        return "SYSTEM_CLOCK"
+
 
 SYSTEM_CLOCK: Clock = _SystemClock()

@@ -7,11 +7,14 @@ no import of whoever emits them.
 
 from __future__ import annotations
 
+import inspect
 import logging
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
+
+from meshkit.errors import ConfigurationError
 
 _log = logging.getLogger("meshkit")
 
@@ -259,6 +262,23 @@ class InvalidContext(Event):
     reason: Literal["malformed", "oversize", "type"]
 
 
+# -- how an error is named ------------------------------------------------------------------------------------------
+
+
+def error_type(error: BaseException) -> str:
+    """How events, metrics, spans, log lines and message headers name an error: `error.type` of the semantic conventions
+    (https://opentelemetry.io/docs/specs/semconv/registry/attributes/error/).
+
+    The fully qualified class name: built-in errors without a module, meshkit's own by their public name
+    (`meshkit.CircuitOpenError`).
+    """
+    kind = type(error)
+    module = kind.__module__
+    if module == "builtins":
+        return kind.__qualname__
+    return f"{'meshkit' if module.startswith('meshkit.') else module}.{kind.__qualname__}"
+
+
 # -- hearing of it ----------------------------------------------------------------------------------------------------
 
 E = TypeVar("E", bound=Event)
@@ -278,7 +298,15 @@ def listen(listener: Callable[[E], object], *, kind: type[E]) -> Callable[[], No
 
     Returns:
         The function that stops it. Calling that twice is allowed.
+
+    Raises:
+        ConfigurationError: `listener` is a coroutine function, which nobody would await.
     """
+    if inspect.iscoroutinefunction(listener) or inspect.iscoroutinefunction(getattr(listener, "__call__", None)):  # noqa: B004
+        raise ConfigurationError(
+            f"a listener is a plain function, and {listener!r} is a coroutine function.",
+            "Have it put the event into an asyncio.Queue, say, and await there.",
+        )
     global _listeners, _by_kind
     entry = (kind, listener)
     with _lock:
@@ -305,7 +333,10 @@ def emit(event: Event) -> None:
     for listener in _find(type(event)):
         try:
             listener(event)
-        except Exception:
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException:
+            # A CancelledError too: nothing here awaits, so it is none of the call's own.
             _log.warning("a listener of %s failed; the call goes on", type(event).__name__, exc_info=True)
 
 

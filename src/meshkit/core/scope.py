@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from contextvars import ContextVar
+from contextvars import ContextVar, Token
 from dataclasses import dataclass, field
 
 
@@ -44,7 +44,8 @@ class Scope:
         self.deadline = deadline
         self.handling = handling
         self._parent = parent
-        self._degraded: list[str] = []
+        # Made when there is something to write: most calls have nothing to say.
+        self._degraded: list[str] | None = None
         self._exhausted = False
         self._opened: float | None = None
 
@@ -60,13 +61,15 @@ class Scope:
     @property
     def degraded(self) -> tuple[str, ...]:
         """Names of the fallbacks that answered, in order, each once."""
-        return tuple(self._root._degraded)
+        return tuple(self._root._degraded or ())
 
     def mark_degraded(self, name: str) -> None:
         """Say that fallback `name` answered in place of the real thing."""
-        marks = self._root._degraded
-        if name not in marks:
-            marks.append(name)
+        root = self._root
+        if root._degraded is None:
+            root._degraded = [name]
+        elif name not in root._degraded:
+            root._degraded.append(name)
 
     @property
     def exhausted(self) -> bool:
@@ -100,6 +103,17 @@ _current: ContextVar[Scope | None] = ContextVar("meshkit_scope", default=None)
 def current_scope() -> Scope | None:
     """The scope of the request or delivery that runs here, `None` outside one."""
     return _current.get()
+
+
+def open_scope(scope: Scope) -> Token[Scope | None]:
+    """Make `scope` the current one until `close_scope` is called in the same function: `scope_open` for paths on which
+    a context manager costs too much."""
+    return _current.set(scope)
+
+
+def close_scope(token: Token[Scope | None]) -> None:
+    """Make that scope the current one again which was so before `open_scope`."""
+    _current.reset(token)
 
 
 @contextmanager

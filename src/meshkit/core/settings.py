@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Final, TypeVar
 
 from meshkit.errors import ConfigurationError
 
 T = TypeVar("T")
+_CREDENTIALS: Final = re.compile(r"//\S*@")
 
 
 def setting(name: str, argument: T | None, *, parse: Callable[[str], T], default: T, otel: str = "") -> T:
@@ -17,7 +19,7 @@ def setting(name: str, argument: T | None, *, parse: Callable[[str], T], default
     Args:
         name: what is set, `"amqp_url"`: read from the environment as `MESHKIT_AMQP_URL`.
         argument: what the caller gave; `None` where nothing was given.
-        parse: makes the value from text, and raises `ValueError` where it cannot.
+        parse: makes the value from text, and raises `ValueError` (or `OverflowError`) where it cannot.
         default: the value where nobody said anything.
         otel: the standard `OTEL_*` variable that means the same, if there is one.
 
@@ -31,6 +33,11 @@ def setting(name: str, argument: T | None, *, parse: Callable[[str], T], default
         if variable and (text := os.environ.get(variable, "").strip()):
             try:
                 return parse(text)
-            except ValueError as error:
-                raise ConfigurationError(f"{variable} is {text!r}: {error}.") from error
+            except (ValueError, ArithmeticError) as error:
+                # A URL's password belongs into no log.
+                shown = _CREDENTIALS.sub("//…@", text)
+                why = error.cause if isinstance(error, ConfigurationError) else _CREDENTIALS.sub("//…@", str(error))
+                raise ConfigurationError(f"{variable} is {shown!r}: {why.rstrip('.')}.") from (
+                    error if shown == text else None
+                )
     return default

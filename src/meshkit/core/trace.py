@@ -17,6 +17,9 @@ Carrier = Literal["http", "amqp"]
 _TRACEPARENT: Final = re.compile(r"([0-9a-f]{2})-([0-9a-f]{32})-([0-9a-f]{16})-([0-9a-f]{2})(-.*)?")
 LONGEST_TRACEPARENT: Final = 512
 
+# What may stand in a header at all: a line break in it would be a header of somebody else's choosing further on.
+_PRINTABLE: Final = re.compile(r"[\t\x20-\x7e]*")
+
 
 @dataclass(frozen=True, slots=True)
 class TraceContext:
@@ -49,7 +52,8 @@ def parse_traceparent(value: object, tracestate: object = "") -> TraceContext | 
 
     Args:
         value: the header as it came: anything, since a producer may put anything into a message's headers.
-        tracestate: the `tracestate` header as it came; left out of the result where it is no text.
+        tracestate: the `tracestate` header as it came; left out of the result where it is no text that a header can
+            hold.
     """
     if isinstance(value, bytes):
         value = value.decode("ascii", "replace")
@@ -63,12 +67,9 @@ def parse_traceparent(value: object, tracestate: object = "") -> TraceContext | 
         return None
     if isinstance(tracestate, bytes):
         tracestate = tracestate.decode("ascii", "replace")
-    return TraceContext(
-        trace_id,
-        span_id,
-        int(flags, 16),
-        tracestate if isinstance(tracestate, str) and len(tracestate) <= LONGEST_TRACEPARENT else "",
-    )
+    if not isinstance(tracestate, str) or len(tracestate) > LONGEST_TRACEPARENT or not _PRINTABLE.fullmatch(tracestate):
+        tracestate = ""
+    return TraceContext(trace_id, span_id, int(flags, 16), tracestate)
 
 
 class Span(Protocol):

@@ -8,22 +8,25 @@ drops results of an earlier period are ours.
 from __future__ import annotations
 
 import logging
+import math
 import threading
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterable
-from typing import Any, TypeVar, cast
+from typing import Any, ParamSpec, TypeVar, cast
 
 import pybreaker
 
 from meshkit.core.call import Call, Next, NextSync, Outcome, Pipeline
 from meshkit.core.clock import SYSTEM_CLOCK, Clock
-from meshkit.core.events import CircuitChanged, CircuitRejected, CircuitState, Event, emit
+from meshkit.core.events import CircuitChanged, CircuitRejected, CircuitState, Event, emit, heard
 from meshkit.core.scope import Scope, current_scope
 from meshkit.core.trace import tracer
 from meshkit.errors import ConfigurationError, RejectedError
 
 T = TypeVar("T")
+R = TypeVar("R")
+P = ParamSpec("P")
 _log = logging.getLogger("meshkit")
 
 _STATES: dict[str, CircuitState] = {
@@ -64,6 +67,8 @@ class _Tap(pybreaker.CircuitBreakerListener):
         owner = self._owner()
         if owner is not None:
             owner._core_state = new_state.name
+            # In this order: see `_entered`.
+            owner._free = None
 
 
 class _Storage(pybreaker.CircuitMemoryStorage):
@@ -102,6 +107,8 @@ class CircuitBreaker:
         window: how many calls the window holds.
         open_for: seconds from opening until the first probe.
         probes: so many probes run at once in half-open, and so many must succeed to close.
+        probe_for: seconds that probes may take. Where they have decided nothing by then (one hangs, or whoever made the
+            call never ended it), the next caller finds the circuit open again. More than a good call takes.
         failed: the rule for what is a failure: given the `Outcome`, `True`, `False`, or `None` for "counts as
             nothing". Where left out, the edge that made the call decides, and without one any `Exception` except
             refusals of policies further inside.
@@ -124,35 +131,47 @@ class CircuitBreaker:
         window: int = 20,
         open_for: float = 15.0,
         probes: int = 1,
+        probe_for: float = 60.0,
         failed: Callable[[Outcome], bool | None] | None = None,
         listeners: Iterable[pybreaker.CircuitBreakerListener] = (),
         clock: Clock = SYSTEM_CLOCK,
     ) -> None:
         if not 0 < failure_rate <= 1:
             raise ConfigurationError(f"failure_rate is a share of calls, above 0 up to 1, not {failure_rate}.")
+        if window < 1:
+            raise ConfigurationError(f"window is how many calls are judged, so 1 or above, not {window}.")
         if not 1 <= min_calls <= window:
             raise ConfigurationError(
                 f"min_calls is how many calls of the window are needed, so 1 to {window}, not {min_calls}."
             )
-        if not open_for > 0:
+        if not 0 < open_for < math.inf:
             raise ConfigurationError(f"open_for is how long the breaker stays open, so above 0, not {open_for}.")
-        if probes < 1:
+        if not probe_for > 0:
+            raise ConfigurationError(f"probe_for is how long probes may take, so above 0, not {probe_for}.")
+        if not probes >= 1:
             raise ConfigurationError(f"probes is how many calls decide in half-open, so 1 or above, not {probes}.")
         self.name = name
         self.failure_rate = failure_rate
         self.min_calls = min_calls
         self.open_for = open_for
         self.probes = probes
+        self.probe_for = probe_for
         self._failed = failed
         self._listeners = tuple(listeners)
         self._clock = clock
-        self._lock = threading.Lock()
+        # Re-entrant, because what runs under it may come back: a listener that was added to `core` itself, a signal
+        # handler, a destructor that the collector calls.
+        self._lock = threading.RLock()
         self._window: deque[bool] = deque(maxlen=window)
         self._failures = 0
         self._state: CircuitState = "closed"
         self._core_state = pybreaker.STATE_CLOSED
         self._period = 0
+        # The period while calls go through unasked (closed, not isolated), else `None`: the one thing that is read
+        # without the lock. It is written under the lock, and set to `None` by the tap as well.
+        self._free: int | None = 0
         self._opened_at = 0.0
+        self._probed_at = 0.0
         self._forced = False
         self._probing = 0
         self._passed = 0
@@ -207,6 +226,7 @@ class CircuitBreaker:
             self._follow(events)
             if not self._forced:
                 self._forced = True
+                self._free = None
                 self._period += 1
                 events.append(CircuitChanged(source=self.name, old=self._state, new="isolated"))
         self._tell(events)
@@ -221,28 +241,35 @@ class CircuitBreaker:
                 events.append(CircuitChanged(source=self.name, old="isolated", new=self._state))
             if self._state != "closed":
                 self._go("closed", events)
-            self._window.clear()
-            self._failures = 0
+            else:
+                # What is under way began before whatever the reset is for.
+                self._period += 1
+                self._window.clear()
+                self._failures = 0
+                self._set_free()
         self._tell(events)
 
     # -- as a policy --------------------------------------------------------------------------------------------------
 
     async def run(self, call: Call, call_next: Next[T]) -> T:
-        period = self._acquire()
+        period = self._free
+        if period is None:
+            period = self._acquire()
         scope = current_scope()
         call.on_end(lambda outcome: self._record(period, call, scope, outcome))
         return await call_next(call)
 
     def run_sync(self, call: Call, call_next: NextSync[T]) -> T:
-        period = self._acquire()
+        period = self._free
+        if period is None:
+            period = self._acquire()
         scope = current_scope()
         call.on_end(lambda outcome: self._record(period, call, scope, outcome))
         return call_next(call)
 
-    def __call__(self, fn: Callable[..., T]) -> Callable[..., T]:
+    def __call__(self, fn: Callable[P, R]) -> Callable[P, R]:
         """Guard a function, plain or async."""
-        pipeline: Pipeline[T] = Pipeline(self.name, self)
-        return pipeline(fn)
+        return Pipeline(self.name, self)(fn)
 
     # -- the state machine: everything below runs under the lock, awaits nothing and calls nobody's code but pybreaker's
     #    public transitions; what happened is told after the lock is released -----------------------------------------
@@ -250,40 +277,68 @@ class CircuitBreaker:
     def _acquire(self) -> int:
         """Let a call through and return the period it belongs to, or raise."""
         events: list[Event] = []
-        rejection: CircuitOpenError | None = None
+        refused: CircuitState | None = None
+        retry_after: float | None = None
         with self._lock:
             self._follow(events)
-            if not self._forced and self._state == "open" and self._clock.now() - self._opened_at >= self.open_for:
+            now = self._clock.now()
+            if not self._forced and self._state == "open" and now - self._opened_at >= self.open_for:
                 self._go("half_open", events)
+            elif (
+                self._state == "half_open"
+                and self._probing + self._passed >= self.probes
+                and now - self._probed_at >= self.probe_for
+            ):
+                self._go("open", events)
             if self._forced:
-                rejection = CircuitOpenError(policy=self.name, retry_after=None, state="isolated")
-            elif self._state == "open":
-                rejection = CircuitOpenError(policy=self.name, retry_after=self._wait())
+                refused = "isolated"
+            elif self._state == "open" or (self._state == "half_open" and self._probing + self._passed >= self.probes):
+                refused, retry_after = self._state, self._wait()
             elif self._state == "half_open":
-                if self._probing + self._passed >= self.probes:
-                    rejection = CircuitOpenError(policy=self.name, retry_after=None, state="half_open")
-                else:
-                    self._probing += 1
-            if rejection is not None:
+                self._probing += 1
+                self._probed_at = now
+            if refused is not None:
                 self._counts["rejected"] += 1
+            elif self._free is None:
+                # Somebody may have opened and closed `core` by hand since, with nobody looking.
+                self._set_free()
             period = self._period
-        self._tell(events)
-        if rejection is not None:
-            emit(CircuitRejected(source=self.name, retry_after=rejection.retry_after))
-            tracer().current().event(
+        if events:
+            self._tell(events)
+        if refused is None:
+            return period
+        if heard(CircuitRejected):
+            emit(CircuitRejected(source=self.name, retry_after=retry_after))
+        span = tracer().current()
+        if span.recording:
+            span.event(
                 "meshkit.circuit_breaker.rejected",
-                {"meshkit.circuit_breaker.name": self.name, "meshkit.circuit_breaker.state": rejection.state},
+                {"meshkit.circuit_breaker.name": self.name, "meshkit.circuit_breaker.state": refused},
             )
-            raise rejection
-        return period
+        raise CircuitOpenError(policy=self.name, retry_after=retry_after, state=refused)
 
     def _record(self, period: int, call: Call, scope: Scope | None, outcome: Outcome) -> None:
-        failed = self._judged(call, outcome)
+        try:
+            failed = self._judged(call, outcome)
+        except Exception:
+            # A rule that fails says nothing of the call; a probe's place is free again all the same.
+            failed = None
+            _log.exception(
+                "the rule of circuit %r for what is a failure has failed; the call counts as nothing", self.name
+            )
+        if failed is False:
+            with self._lock:
+                if self._free == period:
+                    # What nearly every call comes to: a success in the period that goes on.
+                    self._counts["success"] += 1
+                    self._add(False)
+                    return
         events: list[Event] = []
         opened: float | None = None
         with self._lock:
             self._counts["ignored" if failed is None else "failure" if failed else "success"] += 1
-            self._follow(events)
+            if _STATES[self._core_state] != self._state:
+                self._follow(events)
             if period == self._period:
                 if self._state == "half_open":
                     self._probing -= 1
@@ -304,25 +359,30 @@ class CircuitBreaker:
             # Whoever handles this request is to know that what failed here has been shut off, be it by this failure or
             # by one of the same time.
             scope.note_opened(opened)
-        self._tell(events)
+        if events:
+            self._tell(events)
 
     def _judged(self, call: Call, outcome: Outcome) -> bool | None:
         error = outcome.error
+        if error is None and self._failed is None and call.judge is None:
+            return False
         if error is not None and not isinstance(error, Exception):
             return None
         if self._failed is not None:
-            return self._failed(outcome)
+            said = self._failed(outcome)
+            return None if said is None else bool(said)
         if isinstance(error, RejectedError | ConfigurationError):
             return None
         if call.judge is not None:
-            said = call.judge(outcome).breaker
-            return None if said == "neutral" else said == "failure"
+            judged = call.judge(outcome).breaker
+            return None if judged == "neutral" else judged == "failure"
         return error is not None
 
     def _add(self, failed: bool) -> None:
-        if len(self._window) == self._window.maxlen:
-            self._failures -= self._window[0]
-        self._window.append(failed)
+        window = self._window
+        if len(window) == window.maxlen:
+            self._failures -= window[0]
+        window.append(failed)
         self._failures += failed
 
     def _wait(self) -> float | None:
@@ -341,13 +401,18 @@ class CircuitBreaker:
             self._entered(state, events)
 
     def _go(self, to: CircuitState, events: list[Event]) -> None:
-        if to == "open":
-            self.core.open()
-        elif to == "half_open":
-            self.core.half_open()
-        else:
-            self.core.close()
-        self._entered(to, events)
+        try:
+            if to == "open":
+                self.core.open()
+            elif to == "half_open":
+                self.core.half_open()
+            else:
+                self.core.close()
+        except Exception:
+            # Only a listener that somebody has added to `core` itself can fail there.
+            _log.warning("a listener of the pybreaker object of %r failed; the call goes on", self.name, exc_info=True)
+        # By what the tap has noted: such a listener may have come back here, and been told of the new state already.
+        self._follow(events)
 
     def _entered(self, state: CircuitState, events: list[Event]) -> None:
         old, self._state = self._state, state
@@ -359,6 +424,7 @@ class CircuitBreaker:
         elif state == "closed":
             self._window.clear()
             self._failures = 0
+        self._set_free()
         events.append(
             CircuitChanged(
                 source=self.name,
@@ -369,19 +435,28 @@ class CircuitBreaker:
             )
         )
 
+    def _set_free(self) -> None:
+        self._free = self._period if self._state == "closed" and not self._forced else None
+        # The tap runs outside of our lock where somebody moves `core` by hand. It notes the state first and then takes
+        # the permission away: either we see the state here, or it takes away what we have just given.
+        if self._core_state != pybreaker.STATE_CLOSED:
+            self._free = None
+
     def _tell(self, events: list[Event]) -> None:
         for event in events:
             emit(event)
             if not isinstance(event, CircuitChanged):
                 continue
-            tracer().current().event(
-                "meshkit.circuit_breaker.state_change",
-                {
-                    "meshkit.circuit_breaker.name": self.name,
-                    "meshkit.circuit_breaker.from": event.old,
-                    "meshkit.circuit_breaker.to": event.new,
-                },
-            )
+            span = tracer().current()
+            if span.recording:
+                span.event(
+                    "meshkit.circuit_breaker.state_change",
+                    {
+                        "meshkit.circuit_breaker.name": self.name,
+                        "meshkit.circuit_breaker.from": event.old,
+                        "meshkit.circuit_breaker.to": event.new,
+                    },
+                )
             for listener in self._listeners:
                 try:
                     # pybreaker hands over state objects, whose `name` listeners read.

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, TypeVar, cast
 
 from meshkit.core.call import Call, Next, NextSync, Outcome
-from meshkit.core.events import FallbackUsed, emit
+from meshkit.core.events import FallbackUsed, emit, error_type
 from meshkit.core.scope import current_scope
 from meshkit.core.trace import tracer
 from meshkit.errors import ConfigurationError, RejectedError
@@ -36,8 +36,18 @@ class Fallback:
     on: type[Exception] | tuple[type[Exception], ...] | None = None
 
     def __post_init__(self) -> None:
-        if not self.name or "," in self.name or ";" in self.name:
-            raise ConfigurationError(f"name goes into a header, so it is a word without , and ;, not {self.name!r}.")
+        printable = self.name.isascii() and self.name.isprintable()
+        if not self.name or not printable or "," in self.name or ";" in self.name:
+            raise ConfigurationError(
+                f"name goes into a header, so it is plain ASCII without , and ;, not {self.name!r}."
+            )
+        classes = self.on if isinstance(self.on, tuple) else () if self.on is None else (self.on,)
+        for wanted in classes:
+            if not (isinstance(wanted, type) and issubclass(wanted, Exception)):
+                raise ConfigurationError(
+                    f"on lists exception classes, and {wanted!r} is none.",
+                    "Cancellation and exits (BaseException) are never answered.",
+                )
 
     def describe(self) -> dict[str, object]:
         return {"kind": "fallback", "name": self.name}
@@ -54,17 +64,21 @@ class Fallback:
             outcome = Outcome(result)
             if not self._answers(call, outcome):
                 return result
-            if call.discard is not None:
-                await call.discard(result)
         # What is inside has failed and is over: a breaker there must not take our answer for its own.
-        call.end(outcome, since=mark)
+        try:
+            await call.dispose(outcome)
+        finally:
+            call.end(outcome, since=mark)
         reason = self._reason(outcome)
         try:
             answer = self.answer(outcome) if callable(self.answer) else self.answer
             if inspect.isawaitable(answer):
                 answer = await answer
         except Exception as error:
-            raise self._failed(call, reason, outcome, error)  # noqa: B904 - the cause is set by _failed
+            self._failed(call, reason, outcome)
+            if outcome.error is None or error is outcome.error or error.__cause__ is not None:
+                raise
+            raise error from outcome.error
         self._answered(call, reason, outcome)
         return cast("T", answer)
 
@@ -80,13 +94,18 @@ class Fallback:
             outcome = Outcome(result)
             if not self._answers(call, outcome):
                 return result
-        # What is inside has failed and is over: a breaker there must not take our answer for its own.
-        call.end(outcome, since=mark)
+        try:
+            call.dispose_sync(outcome)
+        finally:
+            call.end(outcome, since=mark)
         reason = self._reason(outcome)
         try:
             answer = self.answer(outcome) if callable(self.answer) else self.answer
         except Exception as error:
-            raise self._failed(call, reason, outcome, error)  # noqa: B904 - the cause is set by _failed
+            self._failed(call, reason, outcome)
+            if outcome.error is None or error is outcome.error or error.__cause__ is not None:
+                raise
+            raise error from outcome.error
         if inspect.isawaitable(answer):
             cast("Callable[[], None]", getattr(answer, "close", lambda: None))()
             raise ConfigurationError(
@@ -116,15 +135,12 @@ class Fallback:
         scope = current_scope()
         if scope is not None:
             scope.mark_degraded(self.name)
-        emit(FallbackUsed(source=call.name, reason=reason, result="success", error_type=_error_type(outcome)))
+        emit(FallbackUsed(source=call.name, reason=reason, result="success", error_type=_type_of(outcome)))
         tracer().current().event("meshkit.fallback", {"meshkit.fallback.reason": reason, "meshkit.fallback": self.name})
 
-    def _failed(self, call: Call, reason: _Reason, outcome: Outcome, error: Exception) -> Exception:
-        emit(FallbackUsed(source=call.name, reason=reason, result="failure", error_type=_error_type(outcome)))
-        if outcome.error is not None and error is not outcome.error and error.__cause__ is None:
-            error.__cause__ = outcome.error
-        return error
+    def _failed(self, call: Call, reason: _Reason, outcome: Outcome) -> None:
+        emit(FallbackUsed(source=call.name, reason=reason, result="failure", error_type=_type_of(outcome)))
 
 
-def _error_type(outcome: Outcome) -> str:
-    return "" if outcome.error is None else type(outcome.error).__qualname__
+def _type_of(outcome: Outcome) -> str:
+    return "" if outcome.error is None else error_type(outcome.error)

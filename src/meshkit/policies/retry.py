@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import math
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
-from meshkit.core.call import Call, Judgement, Next, NextSync, Outcome
+from meshkit.core.call import Call, Judgement, Next, NextSync, Outcome, driven
 from meshkit.core.clock import SYSTEM_CLOCK, Clock
-from meshkit.core.events import RetryEnd, RetryEnded, RetryScheduled, emit
+from meshkit.core.events import RetryEnd, RetryEnded, RetryScheduled, emit, error_type
 from meshkit.core.scope import current_scope
 from meshkit.core.trace import tracer
 from meshkit.errors import ConfigurationError, DeadlineExceededError, RejectedError
@@ -52,9 +53,10 @@ class Backoff:
     def wait(self, attempt: int, clock: Clock) -> float:
         """Seconds to wait after attempt number `attempt` has failed."""
         try:
-            longest = min(self.most, self.first * self.factor ** (attempt - 1))
+            # As floats: whole numbers would grow without end.
+            longest = min(self.most, self.first * float(self.factor) ** (attempt - 1))
         except OverflowError:
-            longest = self.most
+            longest = self.most if self.first else 0.0
         return self.jitter(longest) if self.jitter is not None else longest * clock.random()
 
 
@@ -101,11 +103,11 @@ class Retry:
     clock: Clock = SYSTEM_CLOCK
 
     def __post_init__(self) -> None:
-        if self.attempts < 1:
+        if not self.attempts >= 1:
             raise ConfigurationError(
                 f"attempts is how often to call, the first one counted, so 1 or above, not {self.attempts}."
             )
-        if self.within is not None and self.within <= 0:
+        if self.within is not None and not self.within > 0:
             raise ConfigurationError(f"within is how long all attempts may take, so above 0, not {self.within}.")
         if self.on is not None and self.retry is not None:
             raise ConfigurationError("on and retry both say which failures to retry.", "Give one of them.")
@@ -130,30 +132,37 @@ class Retry:
         except Exception as error:
             outcome = Outcome(error=error)
         else:
-            outcome = Outcome(result)
-            if not self._unsatisfied(call, outcome):
+            if not self._unsatisfied(call, result):
                 return result
+            outcome = Outcome(result)
         run = _Run(self, call, started)
         current = call
-        while True:
-            delay = await run.delay_after(current, outcome)
-            if delay is None:
-                if current is not call:
-                    call.on_end(_ends(current))
-                return cast("T", run.last(outcome))
-            if outcome.error is None and current.discard is not None:
-                await current.discard(outcome.result)
-            current.end(outcome, since=mark if current is call else 0)
-            if delay > 0:
-                await self.clock.sleep(delay)
-            current = current.again()
-            try:
-                outcome = Outcome(await call_next(current))
-            except Exception as error:
-                outcome = Outcome(error=error)
-            except BaseException as error:
-                current.end(Outcome(error=error))
-                raise
+        try:
+            while True:
+                delay = await run.delay_after(current, outcome)
+                if delay is None:
+                    if outcome.error is None:
+                        return cast("T", outcome.result)
+                    run.note(outcome.error)
+                    raise outcome.error
+                try:
+                    await current.dispose(outcome)
+                finally:
+                    current.end(outcome, since=mark if current is call else 0)
+                if delay > 0:
+                    await self.clock.sleep(delay)
+                current = current.again()
+                try:
+                    outcome = Outcome(await call_next(current))
+                except Exception as error:
+                    outcome = Outcome(error=error)
+        finally:
+            # However this is left (the last attempt, a cancellation, a strategy that raises), what the attempt holds is
+            # let go of at the end of the call, and by then it is known what that came to.
+            if current is not call:
+                call.on_end(current.end)
+            # An error holds its traceback, and that this frame, which holds the error.
+            del outcome, run
 
     def run_sync(self, call: Call, call_next: NextSync[T]) -> T:
         started = self.clock.now()
@@ -163,51 +172,40 @@ class Retry:
         except Exception as error:
             outcome = Outcome(error=error)
         else:
-            outcome = Outcome(result)
-            if not self._unsatisfied(call, outcome):
+            if not self._unsatisfied(call, result):
                 return result
+            outcome = Outcome(result)
         run = _Run(self, call, started)
         current = call
-        while True:
-            delay = _driven(run.delay_after(current, outcome))
-            if delay is None:
-                if current is not call:
-                    call.on_end(_ends(current))
-                return cast("T", run.last(outcome))
-            current.end(outcome, since=mark if current is call else 0)
-            if delay > 0:
-                self.clock.block(delay)
-            current = current.again()
-            try:
-                outcome = Outcome(call_next(current))
-            except Exception as error:
-                outcome = Outcome(error=error)
-            except BaseException as error:
-                current.end(Outcome(error=error))
-                raise
+        try:
+            while True:
+                delay = driven(run.delay_after(current, outcome), "an async tenacity strategy")
+                if delay is None:
+                    if outcome.error is None:
+                        return cast("T", outcome.result)
+                    run.note(outcome.error)
+                    raise outcome.error
+                try:
+                    current.dispose_sync(outcome)
+                finally:
+                    current.end(outcome, since=mark if current is call else 0)
+                if delay > 0:
+                    self.clock.block(delay)
+                current = current.again()
+                try:
+                    outcome = Outcome(call_next(current))
+                except Exception as error:
+                    outcome = Outcome(error=error)
+        finally:
+            if current is not call:
+                call.on_end(current.end)
+            del outcome, run
 
-    def _unsatisfied(self, call: Call, outcome: Outcome) -> bool:
+    def _unsatisfied(self, call: Call, result: object) -> bool:
         """Whether a *result* could be worth another attempt; `_Run` then decides."""
         if self.retry is not None:
             return True
-        return self.on is None and call.judge is not None and call.judge(outcome).retry
-
-
-def _ends(call: Call) -> Callable[[Outcome], None]:
-    return lambda outcome: call.end(outcome)
-
-
-def _driven(coroutine: Coroutine[Any, Any, float | None]) -> float | None:
-    """The result of a coroutine that has nothing to wait for."""
-    try:
-        coroutine.send(None)
-    except StopIteration as done:
-        return cast("float | None", done.value)
-    coroutine.close()
-    raise ConfigurationError(
-        "an async tenacity strategy cannot be asked from a plain function.",
-        "Make the function `async def`, or use a plain strategy.",
-    )
+        return self.on is None and call.judge is not None and call.judge(Outcome(result)).retry
 
 
 class _Run:
@@ -226,6 +224,15 @@ class _Run:
 
     async def delay_after(self, attempt: Call, outcome: Outcome) -> float | None:
         """Seconds to wait before the next attempt, `None` where there is to be none."""
+        try:
+            return await self._delay_after(attempt, outcome)
+        except Exception as error:
+            # A strategy of the user's has failed: what the call itself came to is not to be lost for that.
+            if error is not outcome.error and error.__context__ is None:
+                error.__context__ = outcome.error
+            raise
+
+    async def _delay_after(self, attempt: Call, outcome: Outcome) -> float | None:
         retry, clock = self._retry, self._retry.clock
         self._attempts += 1
         judgement = Judgement() if attempt.judge is None else attempt.judge(outcome)
@@ -245,6 +252,9 @@ class _Run:
         delay = float(await wait if inspect.isawaitable(wait) else wait) if wait is not None else None
         if delay is None:
             delay = retry.backoff.wait(self._attempts, clock)
+        if not delay >= 0:
+            # A jitter or strategy of the user's may come to less than nothing, or to no number.
+            delay = 0.0
         after = judgement.retry_after
         if after is None:
             after = getattr(error, "retry_after", None)
@@ -266,36 +276,37 @@ class _Run:
         self._idle += delay
         if state is not None:
             state.idle_for = self._idle
-        error_type = judgement.error_type or _error_type(outcome)
+        reason = judgement.error_type or _type_of(outcome)
         emit(
             RetryScheduled(
                 source=self._call.name,
                 attempt=self._attempts,
                 delay=delay,
-                error_type=error_type,
+                error_type=reason,
                 from_server=from_server,
             )
         )
-        tracer().current().event(
-            "meshkit.retry",
-            {
-                "meshkit.retry.delay": delay,
-                "meshkit.retry.reason": error_type,
-                "meshkit.attempt": self._attempts,
-                "meshkit.retry.after_header": from_server,
-            },
-        )
+        span = tracer().current()
+        if span.recording:
+            span.event(
+                "meshkit.retry",
+                {
+                    "meshkit.retry.delay": delay,
+                    "meshkit.retry.reason": reason,
+                    "meshkit.attempt": self._attempts,
+                    "meshkit.retry.after_header": from_server,
+                },
+            )
         return delay
 
-    def last(self, outcome: Outcome) -> Any:
-        """Hand out what the last attempt came to: its result, or its error with a note."""
-        if outcome.error is None:
-            return outcome.result
+    def note(self, error: BaseException) -> None:
+        """Write on the last attempt's error what ended it."""
         if self._attempts > 1:
-            outcome.error.add_note(
-                f"meshkit: gave up on {self._call.name!r} after {self._attempts} attempts, ended by {self._reason}"
-            )
-        raise outcome.error
+            note = f"meshkit: gave up on {self._call.name!r} after {self._attempts} attempts, ended by {self._reason}"
+            # Some libraries raise one and the same object over and over, and some errors cannot be written to.
+            if note not in getattr(error, "__notes__", ()):
+                with contextlib.suppress(Exception):
+                    error.add_note(note)
 
     def _over(self, reason: RetryEnd, outcome: Outcome, judgement: Judgement) -> float | None:
         """Remember what ended it; there is no delay any more."""
@@ -303,9 +314,9 @@ class _Run:
         scope = current_scope()
         if scope is not None and reason in ("attempts", "deadline", "budget", "server"):
             scope.mark_exhausted()
-        error_type = judgement.error_type or _error_type(outcome)
-        if error_type:
-            emit(RetryEnded(source=self._call.name, attempts=self._attempts, reason=reason, error_type=error_type))
+        failure = judgement.error_type or _type_of(outcome)
+        if failure:
+            emit(RetryEnded(source=self._call.name, attempts=self._attempts, reason=reason, error_type=failure))
         return None
 
     def _deadline(self) -> float:
@@ -348,5 +359,5 @@ class _Run:
         return state
 
 
-def _error_type(outcome: Outcome) -> str:
-    return "" if outcome.error is None else type(outcome.error).__qualname__
+def _type_of(outcome: Outcome) -> str:
+    return "" if outcome.error is None else error_type(outcome.error)

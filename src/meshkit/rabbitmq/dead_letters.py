@@ -30,7 +30,7 @@ import aiormq.exceptions
 from aiormq.abc import AbstractChannel, DeliveredMessage
 
 from meshkit.core.clock import SYSTEM_CLOCK, Clock
-from meshkit.core.events import DeadLetterReplayed, emit
+from meshkit.core.events import DeadLetterReplayed, emit, error_type
 from meshkit.core.trace import Span, parse_traceparent, tracer
 from meshkit.errors import ConfigurationError, MeshkitError, MessagingError, PublishError, TopologyError
 from meshkit.messaging import headers as h
@@ -587,7 +587,7 @@ def _replay_span(receipt: Receipt) -> Iterator[Span]:
         if receipt.stopped:
             run.fail("stopped", receipt.stopped)
     except Exception as error:
-        run.fail(type(error).__qualname__, str(error))
+        run.fail(error_type(error), str(error))
         raise
     finally:
         run.set({"meshkit.replay.count": len(receipt.replayed)})
@@ -711,7 +711,7 @@ class _Replayer:
             with span.active():
                 await self._publisher.send(copy, "", record.queue, traceparent=carrier.get(h.TRACEPARENT, ""))
         except Exception as error:
-            span.fail(type(error).__qualname__, str(error))
+            span.fail(error_type(error), str(error))
             raise
         finally:
             span.end()

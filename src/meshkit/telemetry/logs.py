@@ -12,6 +12,7 @@ import sys
 from datetime import UTC, datetime
 from typing import Any, Final, TextIO
 
+from meshkit.core.events import error_type
 from meshkit.core.scope import current_scope
 from meshkit.core.trace import tracer
 
@@ -74,8 +75,8 @@ class JsonFormatter(logging.Formatter):
         if "trace_id" not in line:
             line.pop("trace_sampled", None)
         if record.exc_info and record.exc_info[0]:
-            kind = record.exc_info[0]
-            line.setdefault("error_type", _type_name(kind))
+            if record.exc_info[1] is not None:
+                line.setdefault("error_type", error_type(record.exc_info[1]))
             line["stack"] = record.exc_text or self.formatException(record.exc_info)
         elif record.stack_info:
             line["stack"] = self.formatStack(record.stack_info)
@@ -85,12 +86,6 @@ class JsonFormatter(logging.Formatter):
             # An extra that JSON has no form for (a NaN, a table with keys that are no text): the line is worth more.
             plain = {name: value if isinstance(value, str) else str(value) for name, value in line.items()}
             return json.dumps(plain, separators=(",", ":"))
-
-
-def _type_name(kind: type[BaseException]) -> str:
-    # As metrics and spans have it: built-in errors without a module, ours by their public name.
-    module = "meshkit" if kind.__module__.startswith("meshkit.") else kind.__module__
-    return kind.__qualname__ if module == "builtins" else f"{module}.{kind.__qualname__}"
 
 
 def install(*, service: str = "", stream: TextIO | None = None) -> None:
