@@ -204,7 +204,7 @@ class Platform:
         for name in names or tuple(self.processes):
             process = self.processes[name]
             while not await self.is_ready(name):
-                if time.monotonic() > deadline or process.failures >= 3:
+                if time.monotonic() > deadline or process.failures >= 2:
                     raise ServiceError(f"{name} does not become ready: {_complaint(process.log)}")
                 await asyncio.sleep(0.05)
 
