@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import random
+import time
 import uuid
-from collections import Counter
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 import httpx
 
-from learning_hub.demo.platform import Platform, until
+from learning_hub.demo.platform import Platform, ServiceError, until
 
 COURSES = (("Sailing for beginners", 4900), ("Bread, slowly", 2900), ("The night sky", 3900))
 
@@ -27,7 +27,6 @@ class Told:
     declined: set[str] = field(default_factory=set)
     coupons: dict[str, str] = field(default_factory=dict)
     pending: int = 0
-    answers: Counter[int] = field(default_factory=Counter)
 
 
 class Driver:
@@ -62,11 +61,14 @@ class Driver:
         self, count: int, *, every: float = 0.05, declined: int = 0, coupons: tuple[str, ...] = ()
     ) -> None:
         """`count` enrollments, one each `every` seconds, the first `declined` of them with a card that is refused."""
-        async with asyncio.TaskGroup() as all_of_them:
-            for number in range(count):
-                coupon = coupons[number % len(coupons)] if coupons else ""
-                all_of_them.create_task(self._enroll("declined" if number < declined else "4242", coupon))
-                await asyncio.sleep(every)
+        try:
+            async with asyncio.TaskGroup() as all_of_them:
+                for number in range(count):
+                    coupon = coupons[number % len(coupons)] if coupons else ""
+                    all_of_them.create_task(self._enroll("declined" if number < declined else "4242", coupon))
+                    await asyncio.sleep(every)
+        except ExceptionGroup as group:
+            raise group.exceptions[0] from group
 
     async def _enroll(self, card: str, coupon: str) -> None:
         enrollment = str(uuid.uuid4())
@@ -87,19 +89,21 @@ class Driver:
             self.told.pending += 1
 
     async def _put(self, service: str, path: str, body: dict[str, Any]) -> httpx.Response:
-        async with asyncio.timeout(120):
-            while True:
-                try:
-                    answer = await self._platform.http.put(self._platform.url(service) + path, json=body)
-                except httpx.TransportError:
-                    await asyncio.sleep(0.2)
-                    continue
-                self.told.answers[answer.status_code] += 1
+        deadline = time.monotonic() + 120
+        while True:
+            try:
+                answer = await self._platform.http.put(self._platform.url(service) + path, json=body)
+            except httpx.TransportError as error:
+                said = type(error).__name__
+            else:
                 if answer.is_success:
                     return answer
+                said = f"{answer.status_code} {answer.text[:200]}"
                 if answer.status_code < 500:
-                    raise RuntimeError(f"PUT {path} was answered {answer.status_code}: {answer.text[:200]}")
-                await asyncio.sleep(0.2)
+                    raise ServiceError(f"PUT {path} of {service} was answered {said}")
+            if time.monotonic() > deadline:
+                raise ServiceError(f"{service} did not take PUT {path} for two minutes: {said}")
+            await asyncio.sleep(0.2)
 
     async def _knows(self, user: str) -> bool:
         url = f"{self._platform.url('course-service')}/courses/{self.told.courses[0]}/offers/{user}"

@@ -207,6 +207,7 @@ class Platform:
                 if time.monotonic() > deadline or process.failures >= 2:
                     raise ServiceError(f"{name} does not become ready: {_complaint(process.log)}")
                 await asyncio.sleep(0.05)
+            process.failures = 0
 
     def url(self, name: str) -> str:
         return self.processes[name].url

@@ -89,7 +89,7 @@ async def stage(
     if otlp is not None:
         await _reachable(otlp)
     if keep is not None:
-        _empty(keep)
+        keep = _empty(keep)
     async with contextlib.AsyncExitStack() as all_of_it:
         folder = await all_of_it.enter_async_context(working_folder(keep))
         name, url = await all_of_it.enter_async_context(broker(broker_choice))
@@ -506,10 +506,12 @@ async def _reachable(otlp: str) -> None:
         await writer.wait_closed()
 
 
-def _empty(folder: Path) -> None:
+def _empty(folder: Path) -> Path:
+    """The folder, made and found empty; as a full path, since the services run in it."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if any(folder.iterdir()):
             raise CannotStart(f"--keep takes an empty folder, and {folder} is not")
     except OSError as error:
         raise CannotStart(f"--keep {folder}: {error.strerror or error}") from error
+    return folder.resolve()
