@@ -11,9 +11,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, runtime_checkable
 
 from meshkit.core.clock import SYSTEM_CLOCK, Clock
 
@@ -24,6 +24,9 @@ Probe = Literal["live", "ready", "started"]
 
 # A part is told its grace and keeps to it; one that does not is cancelled so much later.
 _OVERTIME = 1.0
+# Closing has no grace of its own: a connection that does not close within so many seconds is left to the end of the
+# process.
+_CLOSE_WITHIN = 10.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -94,12 +97,18 @@ class Lifecycle:
         self._clock = clock
         self._parts: list[Part] = []
         self._running: list[Part] = []
+        self._begun: list[Part] = []
         self._last: list[Callable[[], object]] = []
         self._draining: asyncio.Task[None] | None = None
+        self._closing: asyncio.Task[None] | None = None
+        # Held while parts start or begin: who is told to stop meanwhile waits for the part whose turn it is.
+        self._turn = asyncio.Lock()
 
     def add(self, *parts: Part) -> None:
-        """Hand over parts, each once; those added later stop first."""
-        self._parts.extend(part for part in parts if not any(part is known for known in self._parts))
+        """Hand over parts, each once; those added later stop first. On a process that runs, `start` has them run too."""
+        for part in parts:
+            if not _in(part, self._parts):
+                self._parts.append(part)
 
     def at_last(self, flush: Callable[[], object]) -> None:
         """Have a plain function called in a thread when all parts have closed."""
@@ -157,13 +166,23 @@ class Lifecycle:
 
     async def open(self) -> None:
         """Start the parts in order, those that can only as far as `connect`; if one fails, those that run are closed and
-        its error is raised."""
-        self.state = "starting"
-        self.started = False
-        self._draining = None
+        its error is raised.
+
+        On a process that is ready, it starts the parts that were added since.
+        """
+        if self._closing is not None:
+            await asyncio.shield(self._closing)
+        if self.state != "ready":
+            self.state = "starting"
+            self.started = False
+            self._draining = self._closing = None
+            # A lock belongs to the event loop it was first waited for in, and a lifecycle may be started in another.
+            self._turn = asyncio.Lock()
         try:
-            for part in self._parts:
-                if not any(part is running for running in self._running):
+            async with self._turn:
+                for part in [part for part in self._parts if not _in(part, self._running)]:
+                    if self._stopping:
+                        break
                     self._running.append(part)
                     await (part.connect() if isinstance(part, Connects) else part.start())
         except BaseException:
@@ -171,18 +190,28 @@ class Lifecycle:
             raise
 
     async def begin(self) -> None:
-        """Start those parts that have only been connected; then this process is ready."""
+        """Start those parts that have only been connected; then this process is ready.
+
+        Where it was told to stop meanwhile, no further part starts.
+        """
         try:
-            for part in self._running:
-                if isinstance(part, Connects):
-                    await part.start()
+            async with self._turn:
+                for part in [part for part in self._running if not _in(part, self._begun)]:
+                    if self._stopping:
+                        break
+                    self._begun.append(part)
+                    if isinstance(part, Connects):
+                        await part.start()
         except BaseException:
             await self.close()
             raise
         self.started = True
-        # A signal may have come meanwhile.
         if self.state == "starting":
             self.state = "ready"
+
+    @property
+    def _stopping(self) -> bool:
+        return self.state in ("draining", "stopped")
 
     # -- stop ---------------------------------------------------------------------------------------------------------
 
@@ -206,32 +235,64 @@ class Lifecycle:
         await asyncio.shield(self._draining)
 
     async def _drain(self, grace: float) -> None:
-        tasks = {asyncio.create_task(part.drain(grace), name=f"drain {part.name}"): part for part in self._running}
-        late = self._clock.call_at(self._clock.now() + grace + _OVERTIME, lambda: [task.cancel() for task in tasks])
-        try:
-            results = await asyncio.gather(*tasks, return_exceptions=True)
-        finally:
-            late.cancel()
-        for part, result in zip(tasks.values(), results, strict=True):
-            if isinstance(result, asyncio.CancelledError):
-                _log.error("%s did not drain within %g s", part.name, grace)
-            elif isinstance(result, BaseException):
-                _log.error("%s could not be drained", part.name, exc_info=result)
+        async with self._turn:
+            parts = list(self._running)
+        await self._finished([(part, part.drain(grace)) for part in parts], grace + _OVERTIME, "drain")
 
     async def close(self) -> None:
-        """Close the parts that run in reverse order, then flush. An error of one keeps no other from closing."""
+        """Close the parts that run in reverse order, then flush. An error of one keeps no other from closing.
+
+        It ends a `drain` that is under way. Calling it while it runs waits for the same end.
+        """
         if self.state == "stopped":
             return
-        self.state = "draining"
-        while self._running:
-            part = self._running.pop()
-            try:
-                await part.close()
-            except Exception:
-                _log.exception("%s could not be closed", part.name)
+        if self._closing is None:
+            self.state = "draining"
+            self._closing = asyncio.create_task(self._close(), name="meshkit close")
+        await asyncio.shield(self._closing)
+
+    async def _close(self) -> None:
+        if self._draining is not None and not self._draining.done():
+            self._draining.cancel()
+            await asyncio.gather(self._draining, return_exceptions=True)
+        async with self._turn:
+            while self._running:
+                part = self._running.pop()
+                await self._finished([(part, part.close())], _CLOSE_WITHIN, "close")
+            self._begun.clear()
         for flush in self._last:
             try:
                 await asyncio.to_thread(flush)
             except Exception:
                 _log.exception("a last flush failed")
         self.state = "stopped"
+
+    async def _finished(self, work: list[tuple[Part, Coroutine[Any, Any, None]]], seconds: float, what: str) -> None:
+        """Wait for `work`. What takes longer than `seconds` is cancelled, and given up on where it does not heed that."""
+        tasks = {asyncio.create_task(doing, name=f"{what} {part.name}"): part for part, doing in work}
+        done: asyncio.Future[Any] = asyncio.gather(*tasks, return_exceptions=True)
+        given_up: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+        now = self._clock.now()
+        timers = (
+            self._clock.call_at(now + seconds, lambda: [task.cancel() for task in tasks]),
+            self._clock.call_at(now + seconds + _OVERTIME, given_up.cancel),
+        )
+        try:
+            await asyncio.wait([done, given_up], return_when=asyncio.FIRST_COMPLETED)
+        except asyncio.CancelledError:
+            done.cancel()
+            await asyncio.gather(done, return_exceptions=True)
+            raise
+        finally:
+            for timer in timers:
+                timer.cancel()
+            given_up.cancel()
+        for task, part in tasks.items():
+            if not task.done() or task.cancelled():
+                _log.error("%s took longer than %g s to %s", part.name, seconds, what)
+            elif (error := task.exception()) is not None:
+                _log.error("%s failed to %s", part.name, what, exc_info=error)
+
+
+def _in(part: Part, parts: list[Part]) -> bool:
+    return any(part is known for known in parts)
