@@ -1,10 +1,24 @@
 import asyncio
+import contextlib
+import copy
+import gc
+import pickle
 import threading
 
 import pybreaker
 import pytest
 
-from meshkit import CircuitBreaker, CircuitOpenError, ConfigurationError, Pipeline, Scope, Timeout, listen
+from meshkit import (
+    Backoff,
+    CircuitBreaker,
+    CircuitOpenError,
+    ConfigurationError,
+    Pipeline,
+    Retry,
+    Scope,
+    Timeout,
+    listen,
+)
 from meshkit.core.call import Call, Judgement, Outcome
 from meshkit.core.events import CircuitChanged, CircuitRejected
 from meshkit.core.scope import scope_open
@@ -327,10 +341,212 @@ def test_living_breakers_are_known(clock):
 
 @pytest.mark.parametrize(
     "wrong",
-    [{"failure_rate": 0}, {"failure_rate": 1.1}, {"min_calls": 11}, {"open_for": 0}, {"probes": 0}],
+    [{"failure_rate": 0}, {"failure_rate": 1.1}, {"min_calls": 11}, {"open_for": 0}, {"probes": 0}, {"probe_for": 0}],
     ids=str,
 )
 def test_wrong_options_are_refused(clock, wrong):
     """A value that cannot work is refused when the breaker is made."""
     with pytest.raises(ConfigurationError):
         breaker(clock, **wrong)
+
+
+async def opened(clock, **options):
+    """A breaker that lets a probe through now."""
+    guarded = breaker(clock, **options)
+    await fail(Pipeline("payments", guarded), 4)
+    await clock.advance(10)
+    return guarded
+
+
+async def test_a_rule_that_fails_leaves_no_probe_behind(clock, caplog):
+    """Where the rule for what is a failure raises, the call counts as nothing, and the next caller is the probe."""
+
+    def rule(outcome):
+        if outcome.result == "odd":
+            raise KeyError("status")
+        return outcome.error is not None
+
+    async def odd():
+        return "odd"
+
+    guarded = await opened(clock, failed=rule)
+    guard = Pipeline("payments", guarded)
+    assert "odd" == await guard.call(odd)
+    assert "has failed" in caplog.text
+    assert "ok" == await guard.call(fine)
+    assert "closed" == guarded.state
+
+
+async def test_a_probe_that_hangs_opens_the_circuit_again(clock, changes):
+    """After `probe_for` without a decision the circuit is open, and probes anew after its wait."""
+    guarded = await opened(clock, probe_for=30.0)
+    guard = Pipeline("payments", guarded)
+    probe = asyncio.create_task(guard.call(asyncio.Event().wait))
+    await asyncio.sleep(0)
+    await clock.advance(29)
+    with pytest.raises(CircuitOpenError, match="half-open"):
+        await guard.call(fine)
+    await clock.advance(1)
+    with pytest.raises(CircuitOpenError) as caught:
+        await guard.call(fine)
+    assert (10.0, "open") == (caught.value.retry_after, guarded.state)
+    await clock.advance(10)
+    assert "ok" == await guard.call(fine)
+    assert "closed" == guarded.state
+    probe.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await probe
+
+
+@pytest.mark.parametrize("breaks", ["jitter", "strategy", "cancellation"])
+async def test_a_second_attempt_gives_its_place_back_however_it_ends(clock, breaks):
+    """A probe that is a second attempt is free again where what decides about a third one raises, or it is cancelled."""
+    calls = 0
+
+    def jitter(longest):
+        if calls > 1 and breaks == "jitter":
+            raise ZeroDivisionError
+        return 10.0
+
+    def strategy(state):
+        if calls > 1 and breaks == "strategy":
+            raise ZeroDivisionError
+        return state.outcome.failed
+
+    async def flaky():
+        nonlocal calls
+        calls += 1
+        if calls > 1 and breaks == "cancellation":
+            raise asyncio.CancelledError
+        raise ConnectionError
+
+    # Opens by the first attempt; the second one is the probe, whose failure counts as nothing.
+    guarded = breaker(
+        clock, min_calls=1, failed=lambda outcome: True if calls == 1 else None if outcome.error else False
+    )
+    retry = Retry(retry=strategy, backoff=Backoff(jitter=jitter), clock=clock)
+    with pytest.raises(asyncio.CancelledError if breaks == "cancellation" else ZeroDivisionError):
+        await Pipeline("payments", retry, guarded).call(flaky)
+    assert (2, "half_open") == (calls, guarded.state)
+    assert "ok" == await Pipeline("payments", guarded).call(fine)
+    assert "closed" == guarded.state
+
+
+async def test_a_second_attempt_stopped_by_the_deadline_counts_as_the_first_one_does(clock):
+    """A dependency that hangs until the time of the whole call is over has failed, whichever attempt that was."""
+    clock.hold = True
+    counts = []
+    for failures in (0, 1):
+        guarded, left = breaker(clock), failures
+
+        async def hang():
+            nonlocal left
+            left -= 1
+            if left >= 0:
+                raise ConnectionError
+            await asyncio.Event().wait()
+
+        retry = Retry(backoff=Backoff(first=0), clock=clock)
+        call = asyncio.create_task(Pipeline("payments", Timeout(total=5, clock=clock), retry, guarded).call(hang))
+        await asyncio.sleep(0)
+        await clock.advance(5)
+        with pytest.raises(TimeoutError):
+            await call
+        counts.append(guarded.counts["failure"] - failures)
+    assert [1, 1] == counts
+
+
+async def test_a_reset_forgets_what_is_under_way(clock):
+    """Calls that began before a reset count for nothing after it, also where the circuit was closed."""
+    guarded = breaker(clock)
+    guard = Pipeline("payments", guarded)
+    release = asyncio.Event()
+
+    async def late():
+        await release.wait()
+        raise ConnectionError
+
+    calls = [asyncio.create_task(guard.call(late)) for _ in range(10)]
+    await asyncio.sleep(0)
+    guarded.reset()
+    release.set()
+    await asyncio.gather(*calls, return_exceptions=True)
+    assert ("closed", 0) == (guarded.state, guarded.core.fail_counter)
+
+
+@pytest.mark.parametrize("raises", [False, True], ids=["looks", "raises"])
+async def test_a_listener_of_the_pybreaker_object_itself_cannot_block_it(clock, changes, raises):
+    """One that was added to `core` and asks the breaker, or raises, is heard, and each change is one event."""
+    seen = []
+
+    class Listener(pybreaker.CircuitBreakerListener):
+        def state_change(self, cb, old_state, new_state):
+            seen.append(guarded.state)
+            if raises:
+                raise RuntimeError("listener")
+
+    guarded = breaker(clock)
+    guarded.core.add_listener(Listener())
+    await asyncio.wait_for(fail(Pipeline("payments", guarded), 4), 5)
+    assert ["open"] == seen
+    assert ["open"] == [change.new for change in changes]
+    with pytest.raises(CircuitOpenError):
+        await Pipeline("payments", guarded).call(fine)
+
+
+async def test_a_listener_may_act_on_the_breaker(clock):
+    """A listener that resets the circuit inside the event of its opening leaves it closed."""
+    guarded = breaker(clock)
+    stop = listen(lambda change: guarded.reset() if change.new == "open" else None, kind=CircuitChanged)
+    await fail(Pipeline("payments", guarded), 4)
+    stop()
+    assert "closed" == guarded.state
+    assert "ok" == await Pipeline("payments", guarded).call(fine)
+
+
+def test_hand_and_threads_agree(clock):
+    """While a thread opens and closes `core` by hand, others call; at the end the circuit is as the hand left it."""
+    guarded = breaker(clock, min_calls=10)
+    guard, ending = Pipeline("payments", guarded), threading.Event()
+
+    def call():
+        while not ending.is_set():
+            with contextlib.suppress(CircuitOpenError):
+                guard.call_sync(lambda: None)
+
+    callers = [threading.Thread(target=call) for _ in range(4)]
+    for caller in callers:
+        caller.start()
+    for _ in range(300):
+        guarded.core.open()
+        guarded.core.close()
+    guarded.core.open()
+    ending.set()
+    for caller in callers:
+        caller.join()
+    with pytest.raises(CircuitOpenError):
+        guard.call_sync(lambda: None)
+    guarded.core.close()
+    guard.call_sync(lambda: None)
+    assert "closed" == guarded.state
+
+
+def test_an_error_can_be_copied_and_sent_to_another_process():
+    """A rejection keeps what it says, whatever way it travels."""
+    error = CircuitOpenError(policy="payments", retry_after=3.0)
+    for copied in (copy.copy(error), pickle.loads(pickle.dumps(error))):
+        assert (str(error), 3.0, "payments") == (str(copied), copied.retry_after, copied.policy)
+
+
+async def test_a_rejection_is_free_when_it_is_dropped(clock):
+    """An error holds no cycle, so that its memory does not wait for the collector while a circuit is open."""
+    guarded = breaker(clock)
+    guarded.force_open()
+    gc.collect()
+    gc.disable()
+    try:
+        with contextlib.suppress(CircuitOpenError):
+            await Pipeline("payments", Retry(clock=clock), guarded).call(fine)
+        assert [] == [found for found in gc.get_objects() if isinstance(found, CircuitOpenError)]
+    finally:
+        gc.enable()
