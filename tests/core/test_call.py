@@ -1,6 +1,9 @@
+import asyncio
+import inspect
+
 import pytest
 
-from meshkit import Call, ConfigurationError, Outcome, Pipeline
+from meshkit import Call, ConfigurationError, Outcome, Pipeline, Retry, current_attempt
 
 
 class Note:
@@ -87,3 +90,70 @@ async def test_a_decorated_function_keeps_its_face():
 
     with pytest.raises(ConfigurationError, match="is a generator"):
         Pipeline("prices")(items)
+
+
+def test_an_ender_that_is_cancelled_keeps_no_other_from_its_end():
+    """What an ender raises is nobody's cancellation: the others hear of the end."""
+    told, call = [], Call("prices")
+    call.on_end(told.append)
+
+    def cancelled(outcome):
+        raise asyncio.CancelledError
+
+    call.on_end(cancelled)
+    call.end(Outcome(1))
+    assert [Outcome(1)] == told
+
+
+async def test_an_object_with_an_async_call_is_a_coroutine_function():
+    """It is awaited through the policies, and its failures are failures."""
+
+    class Client:
+        async def __call__(self, of):
+            return of
+
+    guarded = Pipeline("prices")(Client())
+    assert inspect.iscoroutinefunction(guarded)
+    assert 3 == await guarded(3)
+
+
+def test_a_plain_function_that_returns_a_coroutine_is_refused():
+    """Nobody counts a coroutine that has not run as a success."""
+    with pytest.raises(ConfigurationError, match="has returned a coroutine"):
+        Pipeline("prices")(lambda: _nothing())()
+
+
+@pytest.mark.parametrize("wrong", [("prices", Retry), (Retry(),)], ids=["class", "no name"])
+def test_a_pipeline_is_made_of_a_name_and_policies(wrong):
+    """A class in place of its object, or a missing name, is refused when the pipeline is made."""
+    with pytest.raises(ConfigurationError):
+        Pipeline(*wrong)
+
+
+async def test_a_pipeline_in_a_policy_of_a_pipeline_goes_on_with_the_call():
+    """A policy that leads its call through a pipeline of its own comes out at the next step."""
+    notes = []
+
+    class Wraps(Note):
+        async def run(self, call, call_next):
+            return await Pipeline("inner", Note("b", notes)).run(call, call_next)
+
+    await Pipeline("prices", Note("a", notes), Wraps("w", notes), Note("c", notes)).call(_nothing)
+    assert ["into a", "into b", "into c", "end c", "end b", "end a"] == notes
+
+
+async def test_a_call_inside_a_later_attempt_counts_from_one(clock):
+    """The attempt that a function sees is that of the pipeline next to it."""
+    seen = []
+
+    async def inner():
+        seen.append(("inner", current_attempt()))
+
+    async def outer():
+        await Pipeline("inner").call(inner)
+        seen.append(("outer", current_attempt()))
+        if len(seen) < 4:
+            raise OSError
+
+    await Pipeline("outer", Retry(clock=clock)).call(outer)
+    assert [("inner", 1), ("outer", 1), ("inner", 1), ("outer", 2)] == seen

@@ -1,6 +1,11 @@
+import asyncio
+import json
 import logging
 
-from meshkit.core.events import CircuitRejected, Event, RetryEnded, emit, heard, listen
+import pytest
+
+from meshkit import CircuitOpenError, ConfigurationError
+from meshkit.core.events import CircuitRejected, Event, RetryEnded, emit, error_type, heard, listen
 
 
 def rejected(source="payments"):
@@ -54,3 +59,43 @@ def test_nobody_listening_is_known():
     assert heard(CircuitRejected)
     stop()
     assert not heard(CircuitRejected)
+
+
+def test_a_listener_cancels_no_call(caplog):
+    """A CancelledError that a listener raises is its own defect, and goes no further."""
+
+    def cancelled(event):
+        raise asyncio.CancelledError
+
+    stop = listen(cancelled, kind=CircuitRejected)
+    emit(rejected())
+    stop()
+    assert "a listener of CircuitRejected failed" in caplog.text
+
+
+def test_a_coroutine_function_is_no_listener():
+    """It would never be awaited, so it is refused."""
+
+    async def listener(event): ...
+
+    with pytest.raises(ConfigurationError, match="coroutine function"):
+        listen(listener, kind=Event)
+
+
+class Local(Exception): ...
+
+
+@pytest.mark.parametrize(
+    ("error", "name"),
+    [
+        (TimeoutError(), "TimeoutError"),
+        (CircuitOpenError(policy="x", retry_after=None), "meshkit.CircuitOpenError"),
+        (ConfigurationError(), "meshkit.ConfigurationError"),
+        (json.JSONDecodeError("", "", 0), "json.decoder.JSONDecodeError"),
+        (Local(), f"{__name__}.Local"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_an_error_is_named_in_one_way(error, name):
+    """Built-in errors without a module, meshkit's own by their public name, others in full."""
+    assert name == error_type(error)

@@ -43,3 +43,11 @@ def test_a_later_version_may_hold_more():
 def test_anything_else_is_no_context(value):
     """A header that is not a traceparent, of whatever type, gives no context and no error."""
     assert parse_traceparent(value) is None
+
+
+def test_a_tracestate_that_no_header_can_hold_is_left_out():
+    """A line break in it would be a header of somebody else's choosing; the trace itself goes on."""
+    given = "00-" + "1" * 32 + "-" + "2" * 16 + "-01"
+    assert "a=1,b=2" == parse_traceparent(given, "a=1,b=2").tracestate
+    for hostile in ("a=1\r\nx-evil: 1", "a=\x00", "ä=1", b"a=\xff", ["a=1"], "a=" + "1" * 600):
+        assert "" == parse_traceparent(given, hostile).tracestate

@@ -122,3 +122,30 @@ def test_a_plain_function_is_answered_too():
     assert 7 == Pipeline("prices", Fallback(answer=7)).call_sync(fails)
     with pytest.raises(ConfigurationError):
         Pipeline("prices", Fallback(answer=plainly)).call_sync(fails)
+
+
+async def test_an_attempt_that_is_answered_has_failed_even_if_its_result_cannot_be_disposed_of():
+    """A result that cannot be disposed of is answered like any other, and a breaker hears what it was."""
+    ended = []
+
+    async def discard(result):
+        raise OSError("cannot be closed")
+
+    async def send(call):
+        call.on_end(ended.append)
+        return 503
+
+    call = Call("prices", judge=lambda outcome: Judgement(breaker="failure"), discard=discard)
+    assert 7 == await Fallback(answer=7).run(call, send)
+    assert [503] == [outcome.result for outcome in ended]
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"name": "a,b"}, {"name": "a\r\nx: y"}, {"name": "préis"}, {"name": ""}, {"on": asyncio.CancelledError}],
+    ids=str,
+)
+def test_wrong_options_are_refused(wrong):
+    """A name that no header can hold, or a class that is never answered, is refused when the policy is made."""
+    with pytest.raises(ConfigurationError):
+        Fallback(answer=7, **wrong)

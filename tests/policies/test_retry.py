@@ -1,4 +1,8 @@
 import asyncio
+import copy
+import math
+import pickle
+from dataclasses import dataclass
 
 import pytest
 import tenacity
@@ -15,7 +19,7 @@ from meshkit import (
 )
 from meshkit.core.call import Call, Judgement, Outcome
 from meshkit.core.events import RetryEnded, RetryScheduled
-from meshkit.core.scope import scope_open
+from meshkit.core.scope import current_scope, scope_open
 
 FULL = Backoff(jitter=lambda cap: cap)
 
@@ -273,3 +277,133 @@ def test_wrong_options_say_what_would_be_right(wrong, said):
     """A value that cannot work is refused when the policy is made."""
     with pytest.raises(ConfigurationError, match=said):
         Retry(**wrong)
+
+
+async def test_a_result_is_disposed_of_and_its_attempt_ends_also_where_that_fails(clock):
+    """A result that cannot be disposed of keeps nobody from the next attempt, and its attempt ends as what it was."""
+    ended = []
+
+    async def discard(result):
+        raise OSError("cannot be closed")
+
+    async def send(call):
+        call.on_end(lambda outcome: ended.append(outcome.result))
+        return 503 if call.attempt == 1 else 200
+
+    call = Call("prices", judge=lambda outcome: Judgement(retry=outcome.result == 503), discard=discard)
+    assert 200 == await Retry(clock=clock).run(call, send)
+    call.end(Outcome(200))
+    assert [503, 200] == ended
+
+
+def test_a_plain_function_disposes_of_results_that_it_need_not_wait_for(clock):
+    """In a plain function a result is disposed of where that waits for nothing, and refused where it does."""
+    discarded = []
+
+    async def at_once(result):
+        discarded.append(result)
+
+    async def slowly(result):
+        await asyncio.sleep(0)
+
+    def judge(outcome):
+        return Judgement(retry=outcome.result == 503)
+
+    def send(call):
+        return 503 if call.attempt == 1 else 200
+
+    assert 200 == Retry(clock=clock).run_sync(Call("prices", judge=judge, discard=at_once), send)
+    assert [503] == discarded
+    with pytest.raises(ConfigurationError, match="disposed of"):
+        Retry(clock=clock).run_sync(Call("prices", judge=judge, discard=slowly), send)
+
+
+async def test_what_ends_late_ends_in_every_layer(clock):
+    """Retry inside retry: each attempt is told its own end once, and the last one the end of the whole call."""
+    ended, left = [], [OSError("1"), OSError("2"), OSError("3"), "ok"]
+
+    async def send(call):
+        outcome = left.pop(0)
+        call.on_end(lambda told: ended.append(str(told.error or told.result)))
+        if isinstance(outcome, Exception):
+            raise outcome
+        return outcome
+
+    call = Call("prices")
+    pipeline = Pipeline("prices", Retry(attempts=2, clock=clock), Retry(attempts=2, clock=clock))
+    assert "ok" == await pipeline.run(call, send)
+    assert ["1", "2", "3"] == ended
+    call.end(Outcome("body read"))
+    assert ["1", "2", "3", "body read"] == ended
+
+
+async def test_a_strategy_that_fails_keeps_what_the_call_came_to(clock):
+    """The error of a user's strategy carries the call's own as its context."""
+
+    def jitter(longest):
+        raise ZeroDivisionError
+
+    fn, _ = scripted(OSError("real"))
+    with pytest.raises(ZeroDivisionError) as caught:
+        await Pipeline("prices", Retry(backoff=Backoff(jitter=jitter), clock=clock)).call(fn)
+    assert "real" == str(caught.value.__context__)
+
+
+@pytest.mark.parametrize("delay", [-1.0, math.nan], ids=["negative", "no number"])
+async def test_a_jitter_out_of_its_mind_waits_not_at_all(clock, delay):
+    """A wait that is negative, or not a number, is none."""
+    fn, _ = scripted(OSError(), "ok")
+    assert "ok" == await Pipeline("prices", Retry(backoff=Backoff(jitter=lambda _: delay), clock=clock)).call(fn)
+    assert [] == clock.sleeps
+
+
+async def test_an_error_that_is_raised_again_and_again_gets_one_note(clock):
+    """A library's own error object, raised by every call, does not grow."""
+    shared = OSError("closed")
+
+    async def fails():
+        raise shared
+
+    for _ in range(5):
+        with pytest.raises(OSError, match="closed"):
+            await Pipeline("prices", Retry(clock=clock)).call(fails)
+    assert 1 == len(shared.__notes__)
+
+
+async def test_an_error_that_cannot_be_written_to_comes_out_as_it_is(clock):
+    """A frozen error takes no note, and is raised all the same."""
+
+    @dataclass(frozen=True)
+    class Frozen(Exception):
+        code: int
+
+    fn, _ = scripted(Frozen(1), Frozen(2), Frozen(3))
+    with pytest.raises(Frozen) as caught:
+        await Pipeline("prices", Retry(clock=clock)).call(fn)
+    assert 3 == caught.value.code
+
+
+def test_a_plain_function_sees_its_attempt_and_shares_a_scope(clock):
+    """`current_attempt` counts in plain functions too, and a scope is open for them."""
+    seen = []
+
+    @Pipeline("prices", Retry(clock=clock))
+    def fetch():
+        seen.append((current_attempt(), current_scope() is not None))
+        if len(seen) < 3:
+            raise OSError
+
+    fetch()
+    assert [(1, True), (2, True), (3, True)] == seen
+    assert (1, None) == (current_attempt(), current_scope())
+
+
+def test_no_wait_stays_none_however_often(clock):
+    """`first=0` never waits, and whole numbers do not grow without end."""
+    assert 0.0 == Backoff(first=0, factor=3, jitter=lambda cap: cap).wait(1_000_000, clock)
+    assert 10.0 == Backoff(first=1, factor=3, jitter=lambda cap: cap).wait(1_000_000, clock)
+
+
+def test_copies_share_the_one_clock():
+    """A policy that was copied or pickled equals the one it was made from."""
+    assert Retry() == copy.deepcopy(Retry()) == pickle.loads(pickle.dumps(Retry()))
