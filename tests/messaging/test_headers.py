@@ -105,6 +105,13 @@ def test_a_table_that_is_too_large_is_made_to_fit():
     assert ("3", "00-trace", "kept") == (fitted[h.ATTEMPT], fitted[h.TRACEPARENT], fitted["small"])
 
 
+@pytest.mark.parametrize("name", ["meshkit-foo", "ce-foo", h.TRACEPARENT, h.REPLAYED_BY])
+def test_even_own_names_give_way(name: str):
+    """What somebody else wrote under a name of meshkit's does not keep a copy from being stored."""
+    headers = {"other": "x" * 40_000, name: "x" * 60_000, h.ATTEMPT: "3", h.ROUTING_KEY: "k" * 255}
+    assert {h.ATTEMPT: "3", h.ROUTING_KEY: "k" * 255} == h.fitted(headers)
+
+
 def test_a_stack_loses_its_beginning_when_the_table_is_slightly_too_large():
     """What failed stands last in a stack, so that is what is kept."""
     headers = {"theirs": "x" * 26_000, h.ERROR_STACK: "s" * (h.MOST_STACK - 4) + "last"}
@@ -112,6 +119,27 @@ def test_a_stack_loses_its_beginning_when_the_table_is_slightly_too_large():
     assert h.size(fitted) <= h.MOST_BYTES
     assert fitted[h.ERROR_STACK].endswith("last")
     assert "theirs" in fitted
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        (h.EXCHANGE, "x" * 256),
+        (h.ROUTING_KEY, "x" * 60_000),
+        (h.DEADLINE, "0001-01-01T00:00:00+23:59"),
+        (h.DEADLINE, "9999-12-31T23:59:59-23:59"),
+        (h.FIRST_PUBLISHED_AT, "9999-12-31T23:59:59-23:59"),
+    ],
+)
+def test_what_could_not_be_written_again_is_not_read(name: str, value: str):
+    """A name longer than names are, and a time outside the years of the format, are no envelope."""
+    with pytest.raises(EnvelopeError, match=name):
+        _received({name: value})
+
+
+def test_a_time_may_be_written_in_small_letters():
+    """RFC 3339 has `t` and `z` too."""
+    assert h.parse_rfc3339("2026-11-21T13:00:00.5Z") == h.parse_rfc3339("2026-11-21t13:00:00.5z")
 
 
 def test_cuts_text_between_characters():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import struct
+
 import aiormq
 import pytest
 from aiormq.abc import ChannelFrame
@@ -36,8 +38,13 @@ async def publish_raw(url: str, body: bytes, properties: commands.Basic.Properti
     [
         ({"headers": {"when": 1 << 40}}, b"when" + b"l" + (1 << 40).to_bytes(8), b"when" + b"T" + FAR),
         ({"correlation_id": "Gruss"}, b"\x05Gruss", b"\x05Gr\xfc\xdfe"),
+        ({"correlation_id": "u" * 200}, b"u" * 200, b"\xfc" * 200),
+        ({"headers": {"greeting": "Gruss"}}, b"Gruss", b"Gr\xfc\xdfe"),
+        ({"headers": {"many": ["Gruss"]}}, b"Gruss", b"Gr\xfc\xdfe"),
+        ({"headers": {"wide": 1 << 40}}, b"l" + (1 << 40).to_bytes(8), b"d" + struct.pack(">d", 1e300)),
+        ({"headers": {"meshkit-foo": "x" * 60_000}}, b"foo", b"bar"),
     ],
-    ids=["timestamp", "text"],
+    ids=["timestamp", "text", "long-text", "header", "list", "double", "large"],
 )
 async def test_such_a_message_is_handled_like_others(
     make_bus: MakeBus, outside: Outside, properties: dict[str, object], was: bytes, now: bytes

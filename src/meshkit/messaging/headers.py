@@ -119,7 +119,8 @@ def parse_rfc3339(text: str) -> float:
     """
     if _RFC3339.fullmatch(text) is None:
         raise ValueError(f"{text[:64]!r} is no RFC 3339 time such as 2026-11-21T13:00:00.000Z")
-    return datetime.fromisoformat(text).timestamp()
+    # In UTC, since an offset may carry it beyond the years that can be written again.
+    return datetime.fromisoformat(text.upper()).astimezone(UTC).timestamp()
 
 
 # -- reading ----------------------------------------------------------------------------------------------------------
@@ -133,6 +134,18 @@ def text(headers: Mapping[str, Any], name: str) -> str:
     if isinstance(value, bytes | bytearray):
         return bytes(value).decode("utf-8", "replace")
     return ""
+
+
+def name(headers: Mapping[str, Any], header: str) -> str:
+    """The header as a name of AMQP's: an exchange, a routing key.
+
+    Raises:
+        EnvelopeError: it is longer than such a name can be.
+    """
+    value = text(headers, header)
+    if len(value.encode("utf-8", "replace")) > 255:
+        raise EnvelopeError(f"header {header} is {_shown(value)}, longer than a name can be.")
+    return value
 
 
 def number(headers: Mapping[str, Any], name: str, default: int, *, least: int, most: int = 1_000_000_000) -> int:
@@ -225,9 +238,13 @@ def _size(value: object) -> int:
     return 16
 
 
+# What a copy is nothing without; each is written anew for each copy, so none of them is ever large.
+_KEPT: Final = frozenset({ATTEMPT, QUEUE, EXCHANGE, ROUTING_KEY, REASON, DEAD_LETTERED_AT})
+
+
 def fitted(headers: dict[str, Any], *, most: int = MOST_BYTES) -> dict[str, Any]:
     """The same headers, made to fit: the stack is shortened first, then the error's message, then those of others that
-    are largest are left out; meshkit's own and the trace headers stay.
+    are largest are left out. meshkit's own and the trace headers stay, unless it is they that are too large.
 
     A table that does not fit closes the connection, so that everything in flight comes again and fails in the same way.
 
@@ -244,11 +261,13 @@ def fitted(headers: dict[str, Any], *, most: int = MOST_BYTES) -> dict[str, Any]
         if isinstance(value, str) and over > 0:
             headers[name] = shorten(value, max(0, len(value.encode()) - over))
             over = size(headers) - most
-    for name in sorted(_others(headers), key=lambda name: _size(headers[name]), reverse=True):
-        if over <= 0:
-            break
-        del headers[name]
-        over = size(headers) - most
+    # Last of all what others wrote under meshkit's names: a message whose copy can never be stored stays in hand.
+    for choose in (_others, _spared):
+        for name in sorted(choose(headers), key=lambda name: _size(headers[name]), reverse=True):
+            if over <= 0:
+                break
+            del headers[name]
+            over = size(headers) - most
     if over > 0:
         raise ValueError(f"its headers take more than {most} bytes")
     return headers
@@ -258,3 +277,7 @@ def _others(headers: Iterable[str]) -> list[str]:
     return [
         name for name in headers if not name.startswith(("meshkit-", "ce-")) and name not in (TRACEPARENT, TRACESTATE)
     ]
+
+
+def _spared(headers: Iterable[str]) -> list[str]:
+    return [name for name in headers if name not in _KEPT]

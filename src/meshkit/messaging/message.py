@@ -112,8 +112,8 @@ def received(
     """
     headers = message.headers
     if h.EXCHANGE in headers or h.ROUTING_KEY in headers:
-        exchange = h.text(headers, h.EXCHANGE)
-        routing_key = h.text(headers, h.ROUTING_KEY)
+        exchange = h.name(headers, h.EXCHANGE)
+        routing_key = h.name(headers, h.ROUTING_KEY)
     published = h.time(headers, h.FIRST_PUBLISHED_AT)
     if published is None and message.timestamp is not None:
         published = message.timestamp.timestamp()

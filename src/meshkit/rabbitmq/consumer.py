@@ -53,7 +53,7 @@ from meshkit.messaging.inbox import AlreadyHandled, Inbox
 from meshkit.messaging.message import Delivery, Message, new_id, received, unread
 from meshkit.messaging.schedule import Schedule, rung_at_least
 from meshkit.rabbitmq.connection import LOST, RPC_TIMEOUT, Link, server_attributes, within
-from meshkit.rabbitmq.publisher import Publisher
+from meshkit.rabbitmq.publisher import UNWRITABLE, Publisher, writable
 from meshkit.rabbitmq.topology import Topology, dead_letter_queue
 
 _log = logging.getLogger("meshkit.rabbitmq")
@@ -681,7 +681,13 @@ class Consumer:
         # queue it would delete the message.
         copy = dataclasses.replace(delivery.message, headers=headers, expiration=None)
         try:
-            await self._publisher.send(copy, exchange, routing_key, traceparent=_traceparent(hop))
+            try:
+                await self._publisher.send(copy, exchange, routing_key, traceparent=_traceparent(hop))
+            except PublishError as error:
+                if not isinstance(error.__cause__, UNWRITABLE):
+                    raise
+                # Otherwise one odd header would keep its message in hand for ever, and the consumer unready.
+                await self._publisher.send(writable(copy), exchange, routing_key, traceparent=_traceparent(hop))
         except Exception as error:
             hop.fail(type_of(error))
             raise
@@ -692,6 +698,7 @@ class Consumer:
         """Publish a copy until the broker has confirmed it. `False` where the delivery is not ours any more: then it
         comes again by itself. Meanwhile it stays in hand: neither dropped nor acknowledged."""
         wait = _COPY_FIRST_WAIT
+        said = ""
         while hand.ours:
             try:
                 await publish()
@@ -705,12 +712,15 @@ class Consumer:
                         _log.debug("%s: the topology could not be mended", self.queue, exc_info=True)
                 if not self._stuck:
                     _log.warning("%s: a copy could not be stored, so its message stays in hand: %s", self.queue, error)
-                self._stuck = f"cannot publish to rungs or the dead-letter queue: {error}"
+                self._stuck = said = f"cannot publish to rungs or the dead-letter queue: {error}"
                 await self._clock.sleep(wait)
                 wait = min(_COPY_LONGEST_WAIT, wait * 2)
             else:
                 self._stuck = ""
                 return True
+        if said and self._stuck == said:
+            # It comes again, and may then be handled without any copy; whoever else is stuck says so again.
+            self._stuck = ""
         return False
 
     async def _ack(self, hand: _InHand) -> None:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import logging
+import struct
 from typing import Any, Final, Literal
 
 import aiormq.exceptions
 from aiormq.abc import AbstractChannel
-from pamqp import commands
+from pamqp import commands, encode
 
 from meshkit.core.clock import Clock
 from meshkit.core.events import MessagePublished, emit, heard
@@ -30,6 +32,9 @@ PERSISTENT: Final = 2
 # Room for the other properties in the frame that carries the headers.
 _FRAME_ROOM: Final = 8 * 1024
 
+
+# What pamqp raises over a value that it cannot encode.
+UNWRITABLE: Final = (ValueError, TypeError, KeyError, OverflowError, struct.error)
 
 PublishOutcome = Literal["confirmed", "returned", "nacked", "timeout", "error"]
 
@@ -185,7 +190,7 @@ class Publisher:
                 # Not answered, so not known: once there is a connection again, the same id is published again.
                 await self._link.up()
                 await asyncio.sleep(0)
-            except (ValueError, TypeError, KeyError) as error:
+            except UNWRITABLE as error:
                 raise PublishError(
                     f"message {message.message_id} cannot be written as AMQP: {error}.",
                     "Look at its headers and its routing key.",
@@ -310,3 +315,28 @@ def _properties(message: Message, channel: AbstractChannel) -> commands.Basic.Pr
         message_type=message.type,
         app_id=message.app_id,
     )
+
+
+def writable(message: Message) -> Message:
+    """The same message with what cannot be encoded put into words, for one that somebody else's client made: there are
+    values that pamqp reads and does not write."""
+    texts = ("type", "content_type", "content_encoding", "correlation_id", "reply_to", "app_id")
+    return dataclasses.replace(
+        message,
+        headers={h.cut(name, 128): _writable(value) for name, value in message.headers.items()},
+        **{name: h.cut(value, 255) for name in texts if (value := getattr(message, name)) is not None},
+    )
+
+
+def _writable(value: Any) -> Any:
+    if isinstance(value, bytes):
+        return bytearray(value)
+    if isinstance(value, dict):
+        return {h.cut(name, 128): _writable(inner) for name, inner in value.items()}
+    if isinstance(value, list):
+        return [_writable(inner) for inner in value]
+    try:
+        encode.encode_table_value(value)
+    except UNWRITABLE:
+        return h.cut(repr(value), h.MOST_MESSAGE)
+    return value
