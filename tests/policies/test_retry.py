@@ -400,7 +400,7 @@ def test_a_plain_function_sees_its_attempt_and_shares_a_scope(clock):
 
 def test_no_wait_stays_none_however_often(clock):
     """`first=0` never waits, and whole numbers do not grow without end."""
-    assert 0.0 == Backoff(first=0, factor=3, jitter=lambda cap: cap).wait(1_000_000, clock)
+    assert 0.0 == Backoff(first=0, factor=3.0, jitter=lambda cap: cap).wait(1_000_000, clock)
     assert 10.0 == Backoff(first=1, factor=3, jitter=lambda cap: cap).wait(1_000_000, clock)
 
 
