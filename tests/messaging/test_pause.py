@@ -1,5 +1,9 @@
 """The pause: flowing, paused, probing."""
 
+import math
+
+import pytest
+
 from meshkit.messaging.consumer import Pause
 
 
@@ -61,3 +65,13 @@ def test_a_pause_is_never_without_length():
     pause = Pause()
     pause.rejected(0.0, now=0.0)
     assert pause.left(0.0) > 0
+
+
+@pytest.mark.parametrize(
+    ("retry_after", "left"), [(0.0, 0.05), (1e12, 86_400.0), (math.inf, 86_400.0), (math.nan, 0.05)]
+)
+def test_a_pause_is_no_shorter_and_no_longer_than_makes_sense(retry_after: float, left: float):
+    """What a rejection says about the time is kept within bounds: it is neither a loop nor for ever."""
+    pause = Pause()
+    pause.rejected(retry_after, 0.0)
+    assert left == pause.left(0.0)

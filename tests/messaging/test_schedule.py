@@ -1,5 +1,7 @@
 """The retry schedule: its text, its waits, its rungs."""
 
+import math
+
 import pytest
 
 from meshkit.errors import ConfigurationError
@@ -90,3 +92,9 @@ def test_finds_a_rung_that_is_not_too_short():
     assert [0.1, 0.1, 0.2, 15.0, 20.0, 86_400.0, 172_800.0] == [
         rung_at_least(delay) for delay in (0.0, 0.1, 0.11, 15.0, 15.1, 50_000.0, 90_000.0)
     ]
+
+
+@pytest.mark.parametrize(("delay", "rung"), [(math.inf, 49 * 86_400.0), (1e300, 49 * 86_400.0), (math.nan, 0.1)])
+def test_there_is_a_rung_for_any_delay(delay: float, rung: float):
+    """What a handler asks for may be no length at all, and its message is settled nevertheless."""
+    assert rung == rung_at_least(delay)

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 from bus_steps import QUEUE, CourseGranted, MakeBus, Outside, UserCreated, until
+from pydantic import BaseModel, field_validator
 
 import meshkit
 from meshkit.core.events import (
@@ -25,8 +26,10 @@ from meshkit.core.events import (
     MessageSettled,
 )
 from meshkit.errors import ConfigurationError, DeadLetter, Discard, RetryLater, TopologyError
+from meshkit.messaging.events import event
 from meshkit.messaging.inbox import AlreadyHandled
 from meshkit.messaging.message import Delivery
+from meshkit.policies.circuit_breaker import CircuitBreaker
 
 DLQ = f"{QUEUE}.dlq"
 
@@ -282,6 +285,47 @@ async def test_a_plain_function_runs_in_a_thread(make_bus: MakeBus):
     assert [False] == seen
 
 
+async def test_a_plain_function_may_raise_anything(make_bus: MakeBus, told: list[Event]):
+    """Also a `StopIteration`, which a future does not take: it is a failure, and not a handler that never ends."""
+    bus = make_bus()
+
+    @bus.subscribe(UserCreated)
+    def handle(event: UserCreated) -> None:
+        next(iter([]))
+
+    await bus.start()
+    await bus.publish(UserCreated(number=1))
+    await until(lambda: "dead_letter" in outcomes(told))
+    assert ["retry"] * (len(outcomes(told)) - 1) + ["dead_letter"] == outcomes(told)
+
+
+async def test_an_error_of_the_model_goes_by_the_schedule(make_bus: MakeBus, outside: Outside, told: list[Event]):
+    """A validator with a defect is the service's own code: its message is tried again, as slowly as any other."""
+
+    @event("user.renamed", exchange="user-events")
+    class UserRenamed(BaseModel):
+        number: int
+
+        @field_validator("number")
+        @classmethod
+        def check(cls, number: int) -> int:
+            return {2: 2}[number]
+
+    bus, seen = make_bus(), []
+
+    @bus.subscribe(UserRenamed, queue=QUEUE)
+    async def handle(event: UserRenamed) -> None:
+        seen.append(event.number)
+
+    await bus.start()
+    await outside.publish(b'{"number": 1}', queue=QUEUE)
+    await outside.wait_for(DLQ, 1)
+    assert ["retries_exhausted"] == [event.reason for event in told if isinstance(event, MessageDeadLettered)]
+    assert 3 == sum(isinstance(event, MessageRetried) for event in told)
+    await outside.publish(b'{"number": 2}', queue=QUEUE)
+    await until(lambda: [2] == seen)
+
+
 async def test_with_a_prefetch_of_one_messages_are_handled_in_order(make_bus: MakeBus):
     """One after another, also while the hand of others would grow."""
     bus, seen, running = make_bus(), [], []
@@ -368,6 +412,22 @@ async def test_with_an_inbox_a_message_takes_effect_once(make_bus: MakeBus, outs
     await until(lambda: 3 <= outcomes(told).count("ack"))
     assert 2 <= sum(isinstance(event, DuplicateSkipped) for event in told)
     assert 0 == await outside.depth(DLQ)
+
+
+async def test_duplicates_say_nothing_to_a_breaker(make_bus: MakeBus, told: list[Event]):
+    """A message that has been handled before is no failure of what the handler calls."""
+    breaker = CircuitBreaker("handler", min_calls=2, window=2)
+    bus, diary = make_bus(), Diary()
+    diary.handled.update(str(number) for number in range(5))
+
+    @bus.subscribe(UserCreated, inbox=diary, breaker=breaker)
+    async def handle(event: UserCreated) -> None: ...
+
+    await bus.start()
+    for number in range(5):
+        await bus.publish(UserCreated(number=number), message_id=str(number))
+    await until(lambda: 5 == len(outcomes(told)))
+    assert (["ack"] * 5, "closed") == (outcomes(told), breaker.state)
 
 
 async def test_an_inbox_needs_ids(make_bus: MakeBus, outside: Outside):
@@ -493,6 +553,8 @@ async def test_a_queue_that_exists_otherwise_stops_the_start(make_bus: MakeBus, 
     with pytest.raises(TopologyError, match=r"meshkit\.delay\.50ms") as caught:
         await bus.start()
     assert "x-" in str(caught.value)
+    with pytest.raises(ConfigurationError, match="closed"):
+        await bus.start()
 
 
 async def test_passive_only_looks(make_bus: MakeBus, outside: Outside):

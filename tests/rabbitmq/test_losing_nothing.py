@@ -202,6 +202,56 @@ async def test_a_redelivery_waits_for_the_handler_that_still_runs(server: AmqpSe
 
 
 @embedded
+async def test_of_two_redeliveries_one_is_handled(server: AmqpServer, make_bus: MakeBus):
+    """The connection goes twice while a handler runs that then fails: only what came last is tried again, and alone."""
+    bus, running, most, runs, may_end = make_bus(), 0, 0, 0, asyncio.Event()
+
+    @bus.subscribe(UserCreated)
+    async def handle(event: UserCreated) -> None:
+        nonlocal running, most, runs
+        running, runs = running + 1, runs + 1
+        most = max(most, running)
+        try:
+            if runs == 1:
+                await may_end.wait()
+                raise OSError
+            await asyncio.sleep(0.1)
+        finally:
+            running -= 1
+
+    await bus.start()
+    await bus.publish(UserCreated(number=1))
+    await until(lambda: runs)
+    for count in (1, 2):
+        server.faults.cut_connections("consume")
+        await until(lambda count=count: 1 + count == len(bus._consumers[0]._in_hand))
+    may_end.set()
+    await until(lambda: 2 <= runs and not bus._consumers[0]._in_hand and not server.queue(QUEUE).unacked)
+    assert (2, 1) == (runs, most)
+
+
+@embedded
+async def test_a_trouble_that_is_over_is_not_told_for_ever(server: AmqpServer, make_bus: MakeBus):
+    """A copy that could not be stored makes the consumer unready until the message has gone back to the broker."""
+    bus, seen = make_bus(retry="50ms*3", prefetch=1), []
+
+    @bus.subscribe(UserCreated)
+    async def handle(event: UserCreated, delivery: Delivery) -> None:
+        seen.append(delivery.attempt)
+        if not delivery.redelivered:
+            raise OSError
+
+    await bus.start()
+    await bus.publish(UserCreated(number=1))
+    server.faults.nack_publishes()
+    await until(lambda: any("cannot publish" in check.detail for check in bus.checks()))
+    server.faults.restore()
+    server.faults.cut_connections("consume")
+    await until(lambda: all(check.ok for check in bus.checks()))
+    await until(lambda: [1, 2, 1] == seen)
+
+
+@embedded
 async def test_reconnects_are_told_and_readiness_follows(server: AmqpServer, make_bus: MakeBus, told: list[Event]):
     """The first connection is no reconnect; while there is none the checks are red and say why."""
     bus = make_bus()

@@ -177,6 +177,8 @@ class Pause:
     _FIRST: Final = 1.0
     _MOST: Final = 30.0
     _LEAST: Final = 0.05
+    # Whatever somebody answers to "when": a probe a day costs nothing.
+    _LONGEST: Final = 86_400.0
 
     def __init__(self) -> None:
         self.state: Literal["flowing", "paused", "probing"] = "flowing"
@@ -195,7 +197,7 @@ class Pause:
             if begins:
                 self._unknown += 1
             retry_after = min(self._MOST, self._FIRST * 2.0 ** (max(1, self._unknown) - 1))
-        until = now + max(self._LEAST, retry_after)
+        until = now + min(self._LONGEST, max(self._LEAST, retry_after))
         self._until = until if begins else max(self._until, until)
         if self.state == "flowing":
             self._since = now

@@ -44,10 +44,13 @@ def rung_name(delay: float) -> str:
 
 def rung_at_least(delay: float) -> float:
     """The shortest rung of the ladder that is not shorter than `delay`; above a day, whole days."""
+    if delay >= _LONGEST:
+        return _LONGEST
     for length in _LADDER:
-        if length >= delay:
+        # Asked this way round, what is no number has an answer too.
+        if not length < delay:
             return length
-    return min(math.ceil(delay / 86_400.0) * 86_400.0, _LONGEST)
+    return math.ceil(delay / 86_400.0) * 86_400.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -380,6 +380,7 @@ class RabbitBus:
                 try:
                     await consumer.prepare()
                 except TopologyError:
+                    self._closed = True
                     await self._let_go()
                     raise
                 except LOST:
@@ -429,8 +430,10 @@ class RabbitBus:
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        await self.drain(20.0)
-        await self.close()
+        try:
+            await self.drain(20.0)
+        finally:
+            await self.close()
 
 
 def _link_detail(link: Link) -> str:
@@ -463,6 +466,14 @@ def _policies(
 def handler_name(handler: Callable[..., Any]) -> str:
     """What metrics call a handler."""
     return getattr(handler, "__name__", None) or type(handler).__name__
+
+
+def _in_thread(handler: Callable[..., Any], event: Any, more: dict[str, Any]) -> Any:
+    try:
+        return handler(event, **more)
+    except StopIteration as error:
+        # A future does not take this one (before Python 3.12): the handler would seem to run for ever.
+        raise RuntimeError(f"{handler_name(handler)} raised StopIteration") from error
 
 
 def handler_call(handler: Callable[..., Any], *, session: bool) -> Callable[[Any, Delivery, Any], Awaitable[object]]:
@@ -505,7 +516,7 @@ def handler_call(handler: Callable[..., Any], *, session: bool) -> Callable[[Any
         if "session" in wanted:
             more["session"] = opened
         if threaded:
-            result = await asyncio.to_thread(handler, event, **more)
+            result = await asyncio.to_thread(_in_thread, handler, event, more)
             # A plain function may still hand back something to await: a partial of a coroutine function, say.
             return await result if inspect.isawaitable(result) else result
         return await handler(event, **more)

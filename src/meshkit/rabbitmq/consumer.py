@@ -62,6 +62,8 @@ _FIRST_WAIT: Final = 0.1
 _LONGEST_WAIT: Final = 10.0
 _COPY_FIRST_WAIT: Final = 0.2
 _COPY_LONGEST_WAIT: Final = 30.0
+# Before a message goes back over a failure of our own.
+_BRAKE: Final = 1.0
 # For tasks that were cancelled at the end of the grace to give their messages back.
 _GIVE_BACK: Final = 2.0
 
@@ -268,6 +270,10 @@ class Consumer:
             except (*LOST, asyncio.InvalidStateError) as error:
                 if self._link.connected:
                     self._complain(f"cannot consume: {error}", logging.WARNING)
+            except Exception as error:
+                # Whatever it is: a consumer that ended here would take nothing any more, and nobody would know.
+                self._complain(f"cannot consume: {type(error).__name__}: {error}", logging.ERROR)
+                wait = _LONGEST_WAIT
             finally:
                 self._tag = None
                 self._channel = None
@@ -350,7 +356,11 @@ class Consumer:
         except Exception:
             # Ours, not the handler's. The message must not stay in hand for ever.
             _log.exception("%s: a delivery could not be settled and goes back", self.queue)
-            await self._requeue(hand)
+            try:
+                # It comes again at once, and may fail again in the same way.
+                await self._clock.sleep(_BRAKE)
+            finally:
+                await self._requeue(hand)
         finally:
             if hand.delivery is not None and not hand.told:
                 # Not settled by us: it comes again by itself.
@@ -411,6 +421,8 @@ class Consumer:
             if not (decision.outcome == "retry" and decision.wait is not None and self._in_process(decision)):
                 return
             await self._clock.sleep(decision.wait.seconds)
+            if not hand.ours:
+                return  # somebody else may have it already
             failed = span.context
             headers = {**delivery.headers, h.FAILED_TRACEPARENT: failed.traceparent} if failed else delivery.headers
             delivery = dataclasses.replace(
@@ -420,13 +432,14 @@ class Consumer:
 
     async def _known(self, hand: _InHand, key: Key | None, delivery: Delivery) -> bool:
         """Whether a redelivered message was done with here, and only its acknowledgement was lost; then it has been
-        acknowledged now."""
+        acknowledged now, or is not ours any more."""
         if key is None:
             return False
-        running = self._running.get(key)
-        if running is not None and running is not hand.task and not running.done():
+        while (running := self._running.get(key)) is not None and running is not hand.task and not running.done():
             # It still runs, from before the connection was lost: its end decides.
             await asyncio.wait([running])
+        if not hand.ours:
+            return True  # the connection was lost once more meanwhile, and it has come, or comes, again
         if key not in self._settled:
             return False
         emit(DuplicateSkipped(source=self.queue, message_id=delivery.message_id))
@@ -453,6 +466,9 @@ class Consumer:
             given = self.subscription.decode(delivery)
         except MessagingError as error:
             return Decision(outcome="dead_letter", reason="unparseable", error=error), span
+        except Exception as error:
+            # Code of the service's own runs in there, a model's validators: by the schedule, like the handler's errors.
+            return self._decide(error, delivery, Scope()), span
         deadline = None
         if delivery.deadline is not None:
             deadline = self._clock.now() + delivery.deadline - self._clock.time()
@@ -463,6 +479,7 @@ class Consumer:
             try:
                 await self._handle(given, delivery, scope)
             except AlreadyHandled:
+                hand.ran = False
                 emit(DuplicateSkipped(source=self.queue, message_id=delivery.message_id))
                 return ACK, span
             except BaseException as error:
@@ -482,6 +499,8 @@ class Consumer:
             # A breaker around the handler counts what another try may mend, not a message that is itself at fault.
             if outcome.error is None:
                 return Judgement()
+            if isinstance(outcome.error, AlreadyHandled):
+                return Judgement(breaker="neutral")  # nothing was called
             decision = self._decide(outcome.error, delivery, scope)
             counts = decision.outcome == "retry" or decision.reason == "retries_exhausted"
             return Judgement(breaker="failure" if counts else "neutral", error_type=type_of(outcome.error))

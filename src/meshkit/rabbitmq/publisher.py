@@ -321,11 +321,9 @@ def writable(message: Message) -> Message:
     """The same message with what cannot be encoded put into words, for one that somebody else's client made: there are
     values that pamqp reads and does not write."""
     texts = ("type", "content_type", "content_encoding", "correlation_id", "reply_to", "app_id")
-    return dataclasses.replace(
-        message,
-        headers={h.cut(name, 128): _writable(value) for name, value in message.headers.items()},
-        **{name: h.cut(value, 255) for name in texts if (value := getattr(message, name)) is not None},
-    )
+    short: dict[str, Any] = {name: h.cut(value, 255) for name in texts if (value := getattr(message, name)) is not None}
+    headers = {h.cut(name, 128): _writable(value) for name, value in message.headers.items()}
+    return dataclasses.replace(message, headers=headers, **short)
 
 
 def _writable(value: Any) -> Any:
