@@ -40,9 +40,10 @@ from meshkit.messaging.outbox import Publisher
 
 try:
     import sqlalchemy as sa
-    from sqlalchemy.event import listen
+    from sqlalchemy.event import listen, remove
     from sqlalchemy.exc import IntegrityError, SQLAlchemyError
     from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_sessionmaker
+    from sqlalchemy.orm import Session
 except ModuleNotFoundError as error:
     raise missing_extra("sqlalchemy", "sqlalchemy") from error
 
@@ -147,7 +148,8 @@ class SqlInbox:
         self._clock = clock
 
     def open(self, delivery: Delivery) -> AbstractAsyncContextManager[AsyncSession]:
-        """A transaction that holds the inbox row: commits at the end, rolls back on an error.
+        """A transaction that holds the inbox row: commits at the end, rolls back on an error. A handler that commits it
+        itself gets a ConfigurationError; savepoints (`session.begin_nested()`) are its own.
 
         A second delivery of the same message at the same time waits at the unique key until the first one has ended.
 
@@ -174,7 +176,11 @@ class SqlInbox:
                 )
             except IntegrityError as error:
                 raise AlreadyHandled(delivery.message_id) from error
-            yield session
+            listen(session.sync_session, "before_commit", _refuse_commit)
+            try:
+                yield session
+            finally:
+                remove(session.sync_session, "before_commit", _refuse_commit)
 
     async def forget(self, *, older_than: float = 14 * 86_400.0) -> int:
         """Delete rows of messages that were handled more than `older_than` seconds ago, and say how many.
@@ -186,6 +192,15 @@ class SqlInbox:
                 inbox_table.delete().where(inbox_table.c.handled_at < self._clock.time() - older_than)
             )
             return int(cast("sa.CursorResult[Any]", done).rowcount)
+
+
+def _refuse_commit(session: Session) -> None:
+    if not session.in_nested_transaction():
+        # What fails after it would be tried again, found in the inbox, and never be done.
+        raise ConfigurationError(
+            "a handler committed the transaction of its inbox, which is committed when the handler has ended.",
+            "Leave the commit out; for work of its own, take another session.",
+        )
 
 
 # -- outbox -----------------------------------------------------------------------------------------------------------
@@ -318,6 +333,8 @@ class OutboxRelay:
     # -- a part of the process's lifecycle ----------------------------------------------------------------------------
 
     async def start(self) -> None:
+        if self._task is not None and not self._task.done():
+            return
         # Made here, because an event belongs to the event loop that it was first waited for in.
         self._woken, self._idle, self._stopping = asyncio.Event(), asyncio.Event(), asyncio.Event()
         self._wakers.add(self._wake)

@@ -9,7 +9,7 @@ import sqlalchemy as sa
 from sql_steps import RecordingBus, Sessions, count, delivery, effects, waiting
 from sqlalchemy.ext.asyncio import AsyncEngine
 
-from meshkit.errors import DeadLetter, EnvelopeError
+from meshkit.errors import ConfigurationError, DeadLetter, EnvelopeError
 from meshkit.messaging.inbox import AlreadyHandled
 from meshkit.sqlalchemy import SqlInbox, SqlOutbox, inbox_table
 from meshkit.testing.clock import ManualClock
@@ -83,6 +83,25 @@ async def test_a_failure_leaves_nothing_behind(
         await fail()
 
     assert (0, 0, []) == (await count(engine, effects), await count(engine, inbox_table), await waiting(engine))
+
+
+async def test_a_handler_does_not_commit_the_inbox_away(engine: AsyncEngine, sessions: Sessions):
+    """A commit in the middle would have what fails after it taken for done: it is refused, and all is undone. Savepoints
+    are free."""
+    inbox = SqlInbox(sessions)
+
+    async def commit_and_fail() -> None:
+        async with inbox.open(delivery("m1")) as session:
+            async with session.begin_nested():
+                await session.execute(effects.insert().values(what="m1"))
+            await session.commit()
+            raise OSError
+
+    with pytest.raises(ConfigurationError, match="committed the transaction of its inbox"):
+        await commit_and_fail()
+
+    assert (0, 0) == (await count(engine, effects), await count(engine, inbox_table))
+    assert "done" == await handle(inbox, "m1")
 
 
 async def test_effect_and_events_are_one_transaction(engine: AsyncEngine, sessions: Sessions, bus: RecordingBus):

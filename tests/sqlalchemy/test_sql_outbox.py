@@ -364,3 +364,10 @@ def test_effects_are_the_users_own():
     assert {"meshkit_inbox", "meshkit_outbox"} == set(metadata.tables)
     assert "effects" not in metadata.tables
     assert effects.metadata is not metadata
+
+
+async def test_starting_twice_makes_one_relay(relay: OutboxRelay):
+    """A second start changes nothing, and leaves nobody behind who would go on after the close."""
+    await relay.start()
+    await relay.close()
+    assert [] == [task for task in asyncio.all_tasks() if "relay" in task.get_name()]
