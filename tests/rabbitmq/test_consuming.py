@@ -200,6 +200,14 @@ async def test_a_handler_may_ask_for_another_time_or_none(make_bus: MakeBus, tol
     assert ([1, 2], ["retry", "discard"]) == (seen, outcomes(told))
 
 
+async def be_cancelled() -> None:
+    """As if somebody cancelled the handler."""
+    running = asyncio.current_task()
+    assert running is not None
+    running.cancel()
+    await asyncio.sleep(10)
+
+
 async def test_a_cancelled_handler_gives_its_message_back(make_bus: MakeBus, told: list[Event]):
     """It was not tried to its end: it comes again with the same attempt."""
     bus, seen = make_bus(), []
@@ -208,13 +216,32 @@ async def test_a_cancelled_handler_gives_its_message_back(make_bus: MakeBus, tol
     async def handle(event: UserCreated, delivery: Delivery) -> None:
         seen.append((delivery.attempt, delivery.redelivered))
         if not delivery.redelivered:
-            raise asyncio.CancelledError
+            await be_cancelled()
 
     await bus.start()
     await bus.publish(UserCreated(number=1))
     await until(lambda: 2 == len(outcomes(told)))
     assert [(1, False), (1, True)] == seen
     assert ["requeue", "ack"] == outcomes(told)
+
+
+async def test_a_cancellation_that_nobody_asked_for_is_a_failure(make_bus: MakeBus, told: list[Event]):
+    """Something that the handler waited for was cancelled, and not the handler: tried again by the schedule, since given
+    back it would come again at once, for ever."""
+    bus, seen = make_bus(), []
+
+    @bus.subscribe(UserCreated)
+    async def handle(event: UserCreated, delivery: Delivery) -> None:
+        seen.append((delivery.attempt, delivery.redelivered))
+        if len(seen) < 3:
+            waited = asyncio.get_running_loop().create_future()
+            waited.cancel()
+            await waited
+
+    await bus.start()
+    await bus.publish(UserCreated(number=1))
+    await until(lambda: "ack" in outcomes(told))
+    assert [(1, False), (2, False), (3, False)] == seen
 
 
 async def test_a_message_that_is_never_settled_ends_as_a_crash_loop(make_bus: MakeBus, outside: Outside):
@@ -224,7 +251,7 @@ async def test_a_message_that_is_never_settled_ends_as_a_crash_loop(make_bus: Ma
     @bus.subscribe(UserCreated)
     async def handle(event: UserCreated) -> None:
         seen.append(event.number)
-        raise asyncio.CancelledError
+        await be_cancelled()
 
     await bus.start()
     await bus.publish(UserCreated(number=1))

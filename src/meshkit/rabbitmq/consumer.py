@@ -484,9 +484,12 @@ class Consumer:
                 return ACK, span
             except BaseException as error:
                 failed = error
-                if isinstance(error, asyncio.CancelledError):
-                    # Also where we are told to stop: the message still has to go back, which the settling does.
-                    _let_go()
+                # Also where we are told to stop: the message still has to go back, which the settling does.
+                if isinstance(error, asyncio.CancelledError) and not _let_go():
+                    # Nobody cancelled the handler, but something that it waited for: given back, it would come again at
+                    # once, and so on. aiormq ends in this way what waits on a channel that it closes.
+                    failed = MessagingError("something that the handler waited for was cancelled.")
+                    failed.__cause__ = error
         decision = self._decide(failed, delivery, scope)
         return decision, span
 
@@ -914,11 +917,15 @@ def _fields(delivery: Delivery) -> dict[str, Any]:
     }
 
 
-def _let_go() -> None:
-    """Take back the cancellation that has been answered, so that what follows is not mistaken for cancelled."""
+def _let_go() -> bool:
+    """Take back the cancellation that has been answered, so that what follows is not mistaken for cancelled. `False`
+    where there was none."""
     task = asyncio.current_task()
+    asked = False
     while task is not None and task.cancelling():
+        asked = True
         task.uncancel()
+    return asked
 
 
 async def _quietly(doing: Awaitable[object], clock: Clock) -> None:
