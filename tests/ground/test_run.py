@@ -127,7 +127,8 @@ def test_a_python_without_venv_says_what_installs_it(tree: Path, bare: Path) -> 
 @pytest.mark.once
 @pytest.mark.timeout(300)
 def test_the_environment_is_made_once_and_heals(tree: Path) -> None:
-    """It is made at the first command, left alone at the next, renewed with pyproject.toml, and made anew after a broken-off install."""
+    """It is made at the first command, left alone at the next, renewed with pyproject.toml, and made anew after a broken-off install
+    and in a tree that was moved."""
     stamp = tree / ".venv" / ".installed"
     code, first_list, err = _run(tree, "proof")
     assert 0 == code, err
@@ -146,6 +147,12 @@ def test_the_environment_is_made_once_and_heals(tree: Path) -> None:
     assert stamp.exists()
     assert not (tree / ".venv" / "half-a-package").exists()
     assert (0, first_list, "") == _run(tree, "proof")
+
+    # A tree that was moved: the environment's scripts lead to where it was.
+    moved = tree.rename(tree.with_name("moved"))
+    code, moved_list, err = _run(moved, "proof")
+    assert (0, first_list) == (code, moved_list), err
+    assert "run: making .venv" in err
 
 
 @pytest.mark.once
