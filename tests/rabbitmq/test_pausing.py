@@ -197,3 +197,32 @@ async def test_a_passive_consumer_pauses_in_the_rungs_it_has(make_bus: MakeBus, 
     assert [1, 1, 2] == seen
     assert -1 == await outside.depth("meshkit.delay.200ms")
     assert -1 == await outside.depth("meshkit.delay.1m")
+
+
+@embedded
+async def test_without_rungs_a_message_waits_out_the_pause_in_hand(
+    server: AmqpServer, make_bus: MakeBus, outside: Outside, told: list[Event]
+):
+    """Where meshkit declares nothing, an outage of many probes costs no dead letter either; and a drain gives back."""
+    await outside.declare(QUEUE, queue_type="quorum", delivery_limit=20)
+    await outside.declare(DLQ, queue_type="quorum")
+    bus, seen, most = make_bus(declare="off"), [], 15
+
+    @bus.subscribe(UserCreated)
+    async def handle(event: UserCreated, delivery: Delivery) -> None:
+        seen.append((delivery.attempt, delivery.delivery_count))
+        if len(seen) <= most:
+            raise BulkheadFullError("full", retry_after=0.05)
+
+    await bus.start()
+    await outside.publish(b'{"number": 1}', queue=QUEUE)
+    await until(lambda: "ack" in [event.outcome for event in told_of(told, MessageSettled)])  # type: ignore[attr-defined]
+    assert [(1, 0)] * 16 == seen
+    assert [] == told_of(told, MessageDeadLettered)
+
+    most = 1000
+    await outside.publish(b'{"number": 2}', queue=QUEUE)
+    await until(lambda: 18 <= len(seen))
+    async with asyncio.timeout(5.0):
+        await bus.drain(20.0)
+    await outside.wait_for(QUEUE, 1)

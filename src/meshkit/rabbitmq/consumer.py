@@ -62,6 +62,7 @@ _FIRST_WAIT: Final = 0.1
 _LONGEST_WAIT: Final = 10.0
 _COPY_FIRST_WAIT: Final = 0.2
 _COPY_LONGEST_WAIT: Final = 30.0
+_LOOK_FOR_DRAIN: Final = 0.25
 # Before a message goes back over a failure of our own.
 _BRAKE: Final = 1.0
 # For tasks that were cancelled at the end of the grace to give their messages back.
@@ -407,8 +408,11 @@ class Consumer:
             return
         if self._pause.state == "paused":
             # It was under way when the pause began.
-            await self._step_aside(hand, delivery)
-            return
+            if self._has_rungs():
+                await self._step_aside(hand, delivery)
+                return
+            if not await self._hold(hand, delivery):
+                return
         while True:
             decision, span = await self._try(hand, delivery, unreadable)
             try:
@@ -418,6 +422,10 @@ class Consumer:
                 span.end()
             if isinstance(decision.error, SystemExit | KeyboardInterrupt):
                 raise decision.error
+            if decision.pause is not None and not self._has_rungs():
+                if not await self._hold(hand, delivery):
+                    return
+                continue
             if not (decision.outcome == "retry" and decision.wait is not None and self._in_process(decision)):
                 return
             await self._clock.sleep(decision.wait.seconds)
@@ -789,23 +797,32 @@ class Consumer:
                 *(self.queue, left, decision.error),
                 extra={"queue": self.queue, "retry_after": left, "policy": decision.policy},
             )
-        await self._step_aside(hand, delivery, span, decision)
+        if self._has_rungs():
+            await self._step_aside(hand, delivery, span, decision)
+
+    async def _hold(self, hand: _InHand, delivery: Delivery) -> bool:
+        """Where there are no rungs, let a message wait out the pause in hand: given back each time, it would be taken
+        for one that kills its consumers. `False` where it is not to be tried now."""
+        while hand.ours and not self._draining and (left := self._pause.left(self._clock.now())) > 0:
+            await self._clock.sleep(min(left, _LOOK_FOR_DRAIN))
+        if self._draining:
+            await self._give_back(hand, delivery)
+            return False
+        hand.probe = True
+        return hand.ours
 
     async def _step_aside(
         self, hand: _InHand, delivery: Delivery, span: Span | None = None, decision: Decision | None = None
     ) -> None:
         """Let a message wait out the pause in a rung: nothing is counted."""
-        if self._has_rungs():
-            headers = dl.first_facts(delivery)
-            headers[h.ATTEMPT] = str(delivery.attempt)
-            delay = self._rung_at_least(self._pause.left(self._clock.now()))
-            if not await self._to_rung(hand, delivery, headers, delay, delivery.attempt, span):
-                return
-            await self._ack(hand)
-            # Not remembered as done: the copy is like the message in everything.
-            self._settled.discard(hand.key)
-        else:
-            await self._requeue(hand)
+        headers = dl.first_facts(delivery)
+        headers[h.ATTEMPT] = str(delivery.attempt)
+        delay = self._rung_at_least(self._pause.left(self._clock.now()))
+        if not await self._to_rung(hand, delivery, headers, delay, delivery.attempt, span):
+            return
+        await self._ack(hand)
+        # Not remembered as done: the copy is like the message in everything.
+        self._settled.discard(hand.key)
         self._tell_settled(hand, delivery, "requeue", decision, _traceparent(span) if span is not None else "")
 
     def _passed(self, hand: _InHand) -> None:
