@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import socket
+import tempfile
+from pathlib import Path
 
 import pytest
 from demo_runs import demo
@@ -27,7 +29,7 @@ def test_an_unknown_option():
     assert "--bogus; --help lists the options" in refused("--bogus")
 
 
-@pytest.mark.parametrize("url", ["rabbit", "http://127.0.0.1", "amqp://", "amqp://127.0.0.1:port/"])
+@pytest.mark.parametrize("url", ["rabbit", "http://127.0.0.1", "amqp://", "amqp://127.0.0.1:port/", "amqp://[::1"])
 def test_a_broker_that_is_no_url(url: str):
     """What is neither `local` nor an AMQP URL is told what would be."""
     assert "amqp://" in refused("--broker", url)
@@ -40,6 +42,11 @@ def test_a_broker_that_is_not_there():
         line = refused("--broker", f"amqp://guest:secret@127.0.0.1:{taken.getsockname()[1]}/")
     assert "cannot be used" in line
     assert "secret" not in line
+
+
+def test_a_broker_at_no_name():
+    """What cannot be the name of a host is no traceback of the resolver."""
+    assert "a..b" in refused("--broker", "amqp://a..b/")
 
 
 def test_a_wrong_password(rabbitmq_server: servers.RabbitMQ):
@@ -56,7 +63,25 @@ async def test_no_rabbitmq_installed(monkeypatch: pytest.MonkeyPatch):
             pass
 
 
-@pytest.mark.parametrize("url", ["localhost:4318", "ftp://localhost", "http://user:pass@127.0.0.1:1"])
+@pytest.mark.real("rabbitmq")
+async def test_a_rabbitmq_without_its_epmd(monkeypatch: pytest.MonkeyPatch):
+    """rabbitmq-server is there and Erlang's epmd is not: that is said, and nothing of the server stays."""
+
+    def beside(program: Path, *names: str) -> Path:
+        raise servers.NotInstalledError(names[0])
+
+    monkeypatch.setattr(servers, "_beside", beside)
+    folders = set(Path(tempfile.gettempdir()).glob("meshkit-rabbitmq-*"))
+    with pytest.raises(CannotStart, match=r"^epmd is not installed; \./run servers installs it$"):
+        async with broker("local"):
+            pass
+    assert set(Path(tempfile.gettempdir()).glob("meshkit-rabbitmq-*")) <= folders
+
+
+@pytest.mark.parametrize(
+    "url",
+    ["localhost:4318", "ftp://localhost", "http://user:pass@127.0.0.1:1", "http://a..b:4318", "http://[::1"],
+)
 def test_an_otlp_address_that_is_none(url: str):
     """What cannot be the base of an OTLP/HTTP endpoint is told what would be."""
     assert "OTLP" in refused("--otlp", url).upper()

@@ -67,10 +67,12 @@ async def _local() -> AsyncIterator[str]:
         raise CannotStart(str(error)) from error
     starting = asyncio.ensure_future(asyncio.to_thread(server.start))
     try:
-        await asyncio.shield(starting)
+        try:
+            await asyncio.shield(starting)
+        except (servers.NotInstalledError, servers.NotReadyError, OSError) as error:
+            # The server may be there without epmd, which comes with Erlang.
+            raise CannotStart(" ".join(str(error).split())[:300]) from error
         yield server.url
-    except servers.NotReadyError as error:
-        raise CannotStart(" ".join(str(error).split())[:300]) from error
     finally:
         while not starting.done():
             # Interrupted while it starts: the thread that waits for it gives up once it is gone.
@@ -78,21 +80,24 @@ async def _local() -> AsyncIterator[str]:
                 server.kill()
             with contextlib.suppress(asyncio.CancelledError):
                 await asyncio.sleep(0.05)
-        with contextlib.suppress(servers.NotReadyError):
-            await asyncio.gather(starting, return_exceptions=True)
+        await asyncio.gather(starting, return_exceptions=True)
         server.close()
 
 
 @contextlib.asynccontextmanager
 async def _existing(url: str) -> AsyncIterator[str]:
-    parts = urlsplit(url)
-    if parts.scheme not in ("amqp", "amqps") or not parts.hostname:
+    try:
+        parts = urlsplit(url)
+        usable = parts.scheme in ("amqp", "amqps") and bool(parts.hostname)
+    except ValueError:
+        usable = False
+    if not usable:
         raise CannotStart(f"--broker is `local` or an amqp:// URL, not {_without_password(url)!r}")
     try:
         async with DeadLetters(url) as letters:
             taken = await letters.depths((*QUEUES, *DEAD_LETTER_QUEUES))
-    except MeshkitError as error:
-        raise CannotStart(str(error)) from error
+    except (MeshkitError, OSError, ValueError) as error:
+        raise CannotStart(f"--broker: {' '.join(str(error).split())}") from error
     if taken:
         # They could be somebody's real ones.
         raise CannotStart(

@@ -498,9 +498,11 @@ async def _reachable(otlp: str) -> None:
         async with asyncio.timeout(5):
             _, writer = await asyncio.open_connection(host, port)
     except OSError as error:
-        raise CannotStart(
-            f"nothing answers at --otlp {host}:{port} ({error.strerror or error or 'no answer'})"
-        ) from error
+        reason = error.strerror or str(error) or "no answer"
+        raise CannotStart(f"nothing answers at --otlp {host}:{port} ({reason})") from error
+    except ValueError as error:
+        # No name for a host: `http://a..b`.
+        raise CannotStart(f"--otlp: {host!r} is no host ({error})") from error
     writer.close()
     with contextlib.suppress(OSError):
         await writer.wait_closed()
