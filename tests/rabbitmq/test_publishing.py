@@ -9,7 +9,7 @@ from bus_steps import CourseGranted, MakeBus, Outside, UserCreated, embedded, un
 
 from meshkit.core.events import BrokerBlocked, BrokerConnectionChanged, Event, MessagePublished
 from meshkit.embedded import AmqpServer
-from meshkit.errors import PublishError, PublishNackedError, PublishTimeoutError, UnroutableError
+from meshkit.errors import ConfigurationError, PublishError, PublishNackedError, PublishTimeoutError, UnroutableError
 from meshkit.messaging.headers import without_broker_headers
 from meshkit.messaging.message import Message
 
@@ -243,3 +243,18 @@ async def test_cancelling_a_publish_harms_no_other(server: AmqpServer, make_bus:
     assert gone.cancelled()
     await asyncio.gather(*(bus.publish(UserCreated(number=number)) for number in range(2, 6)))
     assert 6 == len(server.queue("audit").messages)
+
+
+async def test_another_event_loop_is_refused(make_bus: MakeBus, outside: Outside):
+    """A bus belongs to the loop it was started in: it says so, and goes on there."""
+    bus = make_bus()
+    await outside.bind("audit", "user-events", "user.created")
+    await bus.start()
+
+    def elsewhere() -> None:
+        with pytest.raises(ConfigurationError, match="another event loop"):
+            asyncio.run(bus.publish(UserCreated(number=1)))
+
+    await asyncio.to_thread(elsewhere)
+    await bus.publish(UserCreated(number=2))
+    assert 1 == await outside.depth("audit")

@@ -251,7 +251,9 @@ class RabbitBus:
     ) -> str:
         """Publish an event, and return its message id once the broker has confirmed that a queue has it.
 
-        Inside a handler the id is derived from the message that is handled, so that a redelivery publishes the same.
+        Inside a handler the id is derived from the message that is handled, so that a redelivery publishes the same. It
+        goes by the order of the events of one type: where that may differ from try to try (a TaskGroup, a set), give
+        each its `message_id`.
 
         Args:
             event: an instance of a class declared with `@event`.

@@ -142,6 +142,12 @@ class Link:
         self._up = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
         self._closed = False
+        self._loop: asyncio.AbstractEventLoop | None = None
+
+    @property
+    def elsewhere(self) -> bool:
+        """Whether this runs in another event loop than the caller."""
+        return self._loop is not None and self._loop is not asyncio.get_running_loop()
 
     @property
     def connected(self) -> bool:
@@ -151,6 +157,7 @@ class Link:
         """Begin to connect. aiormq's tasks inherit the context they are made in, so it is an empty one: what is current
         here must not become current in every delivery."""
         if self._task is None:
+            self._loop = asyncio.get_running_loop()
             self._task = asyncio.create_task(
                 self._run(), name=f"meshkit {self.role} connection", context=contextvars.Context()
             )

@@ -15,6 +15,7 @@ from pamqp import commands, encode
 from meshkit.core.clock import Clock
 from meshkit.core.events import MessagePublished, emit, heard
 from meshkit.errors import (
+    ConfigurationError,
     PublishError,
     PublishNackedError,
     PublishTimeoutError,
@@ -105,7 +106,13 @@ class Publisher:
             PublishNackedError: the broker refused it.
             PublishTimeoutError: no confirm came in time.
             PublishError: it cannot be published as it is.
+            ConfigurationError: the connection belongs to another event loop.
         """
+        if self._link.elsewhere:
+            # What this loop would leave behind in the other one keeps that from ever closing.
+            raise ConfigurationError(
+                "the bus runs in another event loop.", "Publish there: asyncio.run_coroutine_threadsafe(…, loop)."
+            )
         started = self._clock.now()
         outcome: PublishOutcome = "error"
         try:
