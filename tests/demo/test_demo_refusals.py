@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import socket
+import subprocess
+import sys
 import tempfile
 from pathlib import Path
 
 import pytest
-from demo_runs import demo
+from demo_runs import ROOT, demo
 
 from learning_hub.demo.broker import CannotStart, broker
 from meshkit.testing import servers
@@ -64,18 +67,18 @@ async def test_no_rabbitmq_installed(monkeypatch: pytest.MonkeyPatch):
 
 
 @pytest.mark.real("rabbitmq")
-async def test_a_rabbitmq_without_its_epmd(monkeypatch: pytest.MonkeyPatch):
+async def test_a_rabbitmq_without_its_epmd(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     """rabbitmq-server is there and Erlang's epmd is not: that is said, and nothing of the server stays."""
 
     def beside(program: Path, *names: str) -> Path:
         raise servers.NotInstalledError(names[0])
 
     monkeypatch.setattr(servers, "_beside", beside)
-    folders = set(Path(tempfile.gettempdir()).glob("meshkit-rabbitmq-*"))
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     with pytest.raises(CannotStart, match=r"^epmd is not installed; \./run servers installs it$"):
         async with broker("local"):
             pass
-    assert set(Path(tempfile.gettempdir()).glob("meshkit-rabbitmq-*")) <= folders
+    assert [] == os.listdir(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -106,3 +109,39 @@ def test_a_database_that_is_not_there():
     assert last.startswith("demo: user-service does not become ready: ")
     assert "Connect call failed" in last
     assert "Traceback" not in done.stderr
+
+
+def in_shell(redirected: str, *options: str) -> subprocess.CompletedProcess[str]:
+    """Run the demo with its streams as a shell makes them."""
+    return subprocess.run(
+        ["/bin/sh", "-c", f'exec "$@" {redirected}', "sh", sys.executable, "-m", "learning_hub.demo", *options],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT / "examples")},
+        timeout=60,
+    )
+
+
+@pytest.mark.parametrize("options", [("--once",), ("--once", "--json")])
+def test_a_closed_stdout(options: tuple[str, ...]):
+    """Where nothing could be shown at the end, nothing begins, and that is said."""
+    done = in_shell("1>&-", *options)
+    assert (1, "demo: cannot write to stdout: it is closed\n") == (done.returncode, done.stderr)
+
+
+def test_a_full_disk():
+    """A tale that cannot be written ends at once, in one line."""
+    done = in_shell("> /dev/full", "--once")
+    assert (1, "demo: cannot write to stdout: No space left on device\n") == (done.returncode, done.stderr)
+
+
+def test_a_reader_who_has_gone():
+    """`| true`: nobody is left to be told anything, so nothing is said."""
+    done = in_shell("| true", "--once")
+    assert "" == done.stderr
+
+
+def test_a_closed_stdin_and_stderr():
+    """Nobody can press a key or read a complaint; what is refused is refused by the exit code all the same."""
+    assert (2, "") == ((done := in_shell("<&- 2>&-", "--json", "--broker", "rabbit")).returncode, done.stdout)

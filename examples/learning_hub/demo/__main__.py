@@ -15,6 +15,7 @@ for _number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
 
 import argparse
 import asyncio
+import contextlib
 import logging
 import sys
 from collections.abc import Coroutine
@@ -91,14 +92,34 @@ def arguments(words: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(words)
 
 
+def _hold_closed_streams() -> None:
+    """Put /dev/null where stdin, stdout or stderr came closed, so that no file or socket of ours gets their numbers."""
+    for number in (0, 1, 2):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)
+    if sys.stderr is None:
+        sys.stderr = open(2, "w", closefd=False)  # noqa: SIM115
+
+
+def _give_up_stdout() -> None:
+    """What could not be written is not to be complained about by Python once more on its way out."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+
+
 def main() -> int:
+    _hold_closed_streams()
     interrupts = Interrupts()
     options = arguments()
+    if sys.stdout is None:
+        print("demo: cannot write to stdout: it is closed", file=sys.stderr)
+        return 1
     # What libraries log about a connection that failed is said again by our own one line.
     for library in ("aio_pika", "aiormq", "meshkit"):
         logging.getLogger(library).setLevel(logging.CRITICAL)
     try:
-        from learning_hub.demo.show import CannotStart, show
+        from learning_hub.demo.show import CannotStart, CannotTell, show
     except ModuleNotFoundError as error:
         print(f'demo: {error.name} is not installed; pip install "meshkit-py[demo]" brings it', file=sys.stderr)
         return 2
@@ -107,9 +128,14 @@ def main() -> int:
     except CannotStart as error:
         print(f"demo: {error}", file=sys.stderr)
         return 2
+    except CannotTell as error:
+        with contextlib.suppress(OSError):
+            print(f"demo: {error}", file=sys.stderr)
+        _give_up_stdout()
+        return 1
     except BrokenPipeError:
-        # Whoever read the lines has gone (`| head`); Python must not complain about it on its way out.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        # Whoever read the lines has gone (`| head`).
+        _give_up_stdout()
         return 1
 
 

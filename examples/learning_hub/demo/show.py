@@ -18,16 +18,18 @@ from typing import Any, TextIO
 from urllib.parse import urlsplit
 
 import httpx
+from sqlalchemy.exc import SQLAlchemyError
 
 from learning_hub.demo import books
 from learning_hub.demo.broker import DEAD_LETTER_QUEUES, CannotStart, broker
 from learning_hub.demo.driver import Driver
 from learning_hub.demo.platform import Platform, ServiceError, until, working_folder
+from meshkit import MeshkitError
 from meshkit.embedded.otlp import OtlpReceiver, SpanRecord
 from meshkit.embedded.story import orphans, roots, services, waterfall
 from meshkit.rabbitmq.dead_letters import DeadLetterRecord, DeadLetters
 
-__all__ = ["CannotStart", "Show", "StoryBroken", "show"]
+__all__ = ["BREAKS_OFF", "CannotStart", "CannotTell", "Show", "StoryBroken", "broken_off", "show", "stage", "tell"]
 
 PAYMENTS = "payment-service.enrollment-requested"
 PROVIDER, OURS = "payment-provider", "payment-service"
@@ -37,28 +39,58 @@ class StoryBroken(Exception):
     """The acts did not come to what they should; the text says at which point."""
 
 
+class CannotTell(Exception):
+    """What there is to say cannot be written: the disk is full, say. A reader who has gone is a BrokenPipeError."""
+
+
+# What ends the acts early: the hub does not do what it should, or broker, partner or database have gone for good.
+BREAKS_OFF = (StoryBroken, ServiceError, MeshkitError, httpx.HTTPError, SQLAlchemyError, TimeoutError)
+
+
+def broken_off(error: BaseException) -> str:
+    """One line for what ended the acts early."""
+    return f"the story broke off: {' '.join(str(error).split()) or type(error).__name__}"
+
+
+def tell(line: str, to: TextIO) -> None:
+    """Print a line at once.
+
+    Raises:
+        CannotTell: it cannot be written.
+        BrokenPipeError: nobody reads any more.
+    """
+    try:
+        print(line, file=to, flush=True)
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        raise CannotTell(f"cannot write to {to.name.strip('<>')}: {error.strerror or error}") from error
+
+
 async def show(options: argparse.Namespace) -> int:
     """Run the demo as its command line asks, and return the exit code."""
     tale: TextIO = sys.stderr if options.json else sys.stdout
+    # Without a terminal there is nobody who could press a key.
+    stays = not options.once and sys.stdin is not None and sys.stdin.isatty()
     async with stage(options.broker, otlp=options.otlp, keep=options.keep, tale=tale) as play:
         try:
             await play.acts()
-            if options.once or not sys.stdin.isatty():
+            if not stays:
                 await play.platform.stop()
             await play.last_flush()
             summary, problems = await play.summary()
             play.draw()
-        except (StoryBroken, ServiceError) as error:
+        except BREAKS_OFF as error:
             play.say("")
-            play.say(f"the story broke off: {error}")
+            play.say(broken_off(error))
             play.show_logs()
             return 1
         play.close_the_books(summary)
         if options.json:
-            print(json.dumps(summary), flush=True)
+            tell(json.dumps(summary), sys.stdout)
         for problem in problems:
             print(f"demo: {problem}", file=sys.stderr)
-        if not options.once and sys.stdin.isatty():
+        if stays:
             play.say_where_everything_is()
             await _key()
     if play.receiver.not_forwarded:
@@ -137,11 +169,11 @@ class Show:
     def say(self, line: str) -> None:
         """One line of the tale, with the seconds since it began."""
         for part in line.splitlines() or [""]:
-            print(f"{time.monotonic() - self.started:6.1f}  {part}".rstrip(), file=self.tale, flush=True)
+            tell(f"{time.monotonic() - self.started:6.1f}  {part}".rstrip(), self.tale)
 
     def act(self, number: int, title: str) -> None:
         bold, plain = ("\033[1m", "\033[0m") if self._colour else ("", "")
-        print(f"\n{bold}Act {number}: {title}{plain}", file=self.tale, flush=True)
+        tell(f"\n{bold}Act {number}: {title}{plain}", self.tale)
 
     @property
     def _colour(self) -> bool:
@@ -438,7 +470,7 @@ class Show:
             color=self._colour,
             encoding=self.tale.encoding or "utf-8",
         )
-        print(f"\n{picture}", file=self.tale, flush=True)
+        tell(f"\n{picture}", self.tale)
 
     def close_the_books(self, summary: dict[str, Any]) -> None:
         """The figures, for people."""
