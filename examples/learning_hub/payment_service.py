@@ -76,7 +76,7 @@ async def on_enrollment_requested(event: EnrollmentRequested, delivery: Delivery
     answer = await provider.post(
         "/charges",
         headers={"Idempotency-Key": str(event.enrollment_id)},
-        json={"amount": amount, "card": event.card},
+        json={"reference": str(event.enrollment_id), "amount": amount, "card": event.card},
     )
     refused = answer.status_code == 402
     if not refused:

@@ -25,8 +25,12 @@ books.executescript(
     """
     PRAGMA journal_mode = WAL;
     CREATE TABLE IF NOT EXISTS mode (only_row INTEGER PRIMARY KEY, behaviour TEXT, seconds REAL);
-    CREATE TABLE IF NOT EXISTS requests (id INTEGER PRIMARY KEY, at REAL, key TEXT, behaviour TEXT);
-    CREATE TABLE IF NOT EXISTS charges (id INTEGER PRIMARY KEY, at REAL, key TEXT, amount INTEGER, card TEXT);
+    CREATE TABLE IF NOT EXISTS requests (
+        id INTEGER PRIMARY KEY, at REAL, key TEXT, reference TEXT, amount INTEGER, behaviour TEXT
+    );
+    CREATE TABLE IF NOT EXISTS charges (
+        id INTEGER PRIMARY KEY, at REAL, key TEXT, reference TEXT, amount INTEGER, card TEXT
+    );
     """
 )
 
@@ -40,6 +44,9 @@ class Mode(BaseModel):
 
 
 class Charge(BaseModel):
+    """`amount` is in cents; `reference` is what the customer knows the payment by, and nothing that we look at."""
+
+    reference: str
     amount: int
     card: str
 
@@ -75,7 +82,8 @@ async def methods() -> JSONResponse:
 async def charge(new: Charge, idempotency_key: Annotated[str, Header()]) -> JSONResponse:
     now = mode()
     books.execute(
-        "INSERT INTO requests (at, key, behaviour) VALUES (?, ?, ?)", (time.time(), idempotency_key, now.behaviour)
+        "INSERT INTO requests (at, key, reference, amount, behaviour) VALUES (?, ?, ?, ?, ?)",
+        (time.time(), idempotency_key, new.reference, new.amount, now.behaviour),
     )
     if problem := await trouble(now):
         return problem
@@ -85,22 +93,25 @@ async def charge(new: Charge, idempotency_key: Annotated[str, Header()]) -> JSON
         if now.behaviour == "refuse" or new.card == "declined":
             return JSONResponse({"reason": "card declined"}, 402)
         known = books.execute(
-            "INSERT INTO charges (at, key, amount, card) VALUES (?, ?, ?, ?) RETURNING id",
-            (time.time(), idempotency_key, new.amount, new.card),
+            "INSERT INTO charges (at, key, reference, amount, card) VALUES (?, ?, ?, ?, ?) RETURNING id",
+            (time.time(), idempotency_key, new.reference, new.amount, new.card),
         ).fetchone()
     return JSONResponse({"charge_id": known[0]}, 201)
 
 
 @app.get("/requests")
 async def requests() -> list[dict[str, object]]:
-    rows = books.execute("SELECT at, key, behaviour FROM requests ORDER BY id")
-    return [{"at": at, "key": key, "behaviour": behaviour} for at, key, behaviour in rows]
+    return _book("SELECT at, key, reference, amount, behaviour FROM requests ORDER BY id")
 
 
 @app.get("/charges")
 async def charges() -> list[dict[str, object]]:
-    rows = books.execute("SELECT id, at, key, amount, card FROM charges ORDER BY id")
-    return [{"id": id_, "at": at, "key": key, "amount": amount, "card": card} for id_, at, key, amount, card in rows]
+    return _book("SELECT id, at, key, reference, amount, card FROM charges ORDER BY id")
+
+
+def _book(query: str) -> list[dict[str, object]]:
+    rows = books.execute(query)
+    return [dict(zip((column[0] for column in rows.description), row, strict=True)) for row in rows]
 
 
 @app.get("/health/ready")

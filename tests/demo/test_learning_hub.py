@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import sqlite3
 import urllib.parse
 import uuid
 from collections import Counter
@@ -100,7 +101,7 @@ async def provider(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
         yield client
 
 
-CHARGE = {"amount": 100, "card": "4242"}
+CHARGE = {"reference": "order", "amount": 100, "card": "4242"}
 
 
 async def test_a_repeated_key_is_the_same_charge(provider: httpx.AsyncClient):
@@ -172,6 +173,80 @@ def test_an_enrollment_that_ended_both_ways_is_found():
     told, kept = all_well()
     kept.effects["charged", told.enrollments[1]] = 1
     assert {told.enrollments[1]: ["completed and compensated"]} == books.doubled(told, kept)
+
+
+def charged(kept: books.Books, told: Told, *charges: tuple[str, int], paid: int = 4900) -> str:
+    """Plant the provider's charges, each asked for once, for the enrollment that was completed."""
+    (done, _) = told.enrollments
+    told.prices[done] = 4900
+    kept.charges[done] = [books.Asked(*charge) for charge in charges]
+    kept.requests[done] = list(kept.charges[done])
+    kept.paid[done] = [paid]
+    kept.effects["charged", done] = len(charges)
+    return done
+
+
+def test_a_repeated_request_is_no_double_effect():
+    """Asked three times under one key and charged once: nothing is wrong, and the books know of the repeats."""
+    told, kept = all_well()
+    done = charged(kept, told, ("k", 4900))
+    kept.requests[done] *= 3
+    assert ({}, 2) == (books.doubled(told, kept), kept.repeated)
+
+
+def test_a_charge_under_a_second_key_is_found():
+    """Which key it was charged under does not matter: the money was taken twice."""
+    told, kept = all_well()
+    done = charged(kept, told, ("k", 4900), ("another", 4900))
+    wrong = ["charged 2 times", "charged under 2 keys", "charged 9800, owed 4900", "charged 9800, noted as paid 4900"]
+    assert {done: wrong} == books.doubled(told, kept)
+    assert 0 == kept.repeated
+
+
+def test_more_money_than_owed_is_found():
+    """One charge, of more than the price, is a double effect; so is one of less where there is no coupon."""
+    told, kept = all_well()
+    done = charged(kept, told, ("k", 9800), paid=9800)
+    assert {done: ["charged 9800, owed 4900"]} == books.doubled(told, kept)
+    charged(kept, told, ("k", 4410), paid=4410)
+    assert {done: ["charged 4410, owed 4900"]} == books.doubled(told, kept)
+    told.coupons[done] = "WELCOME10"
+    assert {} == books.doubled(told, kept)
+
+
+def test_a_charge_that_payment_service_notes_otherwise_is_found():
+    """What was taken and what was noted as paid are the same money."""
+    told, kept = all_well()
+    done = charged(kept, told, ("k", 4900), paid=2900)
+    assert {done: ["charged 4900, noted as paid 2900"]} == books.doubled(told, kept)
+
+
+def test_a_charge_that_nobody_asked_for_is_found():
+    """The provider's two lists belong together: each charge has its request, of the same key and amount."""
+    told, kept = all_well()
+    done = charged(kept, told, ("k", 4900))
+    kept.requests[done] = [books.Asked("k", 2900)]
+    assert {done: ["charged what nobody asked for"]} == books.doubled(told, kept)
+
+
+async def test_the_providers_lists_are_read_by_what_was_paid_for(provider: httpx.AsyncClient, tmp_path: Path):
+    """The real provider, asked twice under one key and once under another: two charges of one enrollment, one repeat."""
+    import learning_hub.provider as module
+
+    told, kept = all_well()
+    for key in ("k", "k", "another"):
+        order = {**CHARGE, "reference": told.enrollments[0]}
+        await provider.post("/charges", json=order, headers={"Idempotency-Key": key})
+    await provider.post("/charges", json=CHARGE, headers={"Idempotency-Key": "of somebody else"})
+    copy = sqlite3.connect(tmp_path / "copy.db")
+    module.books.backup(copy)
+    copy.close()
+    kept.requests.clear()
+    del kept.effects["charged", told.enrollments[0]]
+    await books.read_provider(tmp_path / "copy.db", set(told.enrollments), kept)
+    assert {told.enrollments[0]: [("k", 100), ("another", 100)]} == kept.charges
+    assert (3, 1) == (len(kept.requests[told.enrollments[0]]), kept.repeated)
+    assert ["charged 2 times", "charged under 2 keys"] == books.doubled(told, kept)[told.enrollments[0]]
 
 
 def test_a_pending_enrollment_is_lost_until_it_ends():

@@ -26,6 +26,8 @@ class Told:
     enrollments: list[str] = field(default_factory=list)
     declined: set[str] = field(default_factory=set)
     coupons: dict[str, str] = field(default_factory=dict)
+    # Cents, by course and by enrollment: what it costs without a coupon, and at most with one.
+    prices: dict[str, int] = field(default_factory=dict)
     pending: int = 0
 
 
@@ -49,6 +51,7 @@ class Driver:
             course = str(uuid.uuid4())
             await self._put("course-service", f"/courses/{course}", {"title": title, "price": price})
             self.told.courses.append(course)
+            self.told.prices[course] = price
         for number in range(1, users + 1):
             user = str(uuid.uuid4())
             person = {"name": f"Learner {number}", "email": f"learner{number}@example.org"}
@@ -81,6 +84,7 @@ class Driver:
         async with self._enough:
             answer = await self._put("enrollment-service", f"/enrollments/{enrollment}", wish)
         self.told.enrollments.append(enrollment)
+        self.told.prices[enrollment] = self.told.prices[wish["course_id"]]
         if card == "declined":
             self.told.declined.add(enrollment)
         if coupon:

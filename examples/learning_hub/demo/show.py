@@ -161,6 +161,10 @@ class Show:
     replayed: int = 0
     story: DeadLetterRecord | None = None
     replay_trace_id: str = ""
+    # The provider's own figures: how often it was asked for a charge, how often under a key it had had, what it charged.
+    asked: int = 0
+    repeated: int = 0
+    charges: int = 0
     # Counters of /metrics by process, since each starts at 0: (service, process id) → what is counted → value.
     counted: dict[tuple[str, int], dict[str, float]] = field(default_factory=dict)
 
@@ -453,6 +457,9 @@ class Show:
                 link.trace_id == summary["story_trace_id"] for span in replay for link in span.links
             ),
         }
+        self.asked = sum(len(lines) for lines in now.requests.values())
+        self.repeated = now.repeated
+        self.charges = sum(len(lines) for lines in now.charges.values())
         return summary, [problem for problem, fine in holds.items() if not fine]
 
     def _story_spans(self) -> list[SpanRecord]:
@@ -479,6 +486,8 @@ class Show:
             f"{s['enrollments_accepted']} enrollments accepted = {s['enrollments_completed']} completed "
             f"+ {s['enrollments_compensated']} compensated",
             f"lost {s['lost']}, taken effect twice {s['double_effects']} (by the driver's, the services' and the provider's books)",
+            f"the provider was asked for a charge {self.asked} times, {self.repeated} of them again under a key it knew, "
+            f"and charged {self.charges} times",
             f"{s['retries']} retries, breaker opened {s['breaker_opened']} times, dead letters of the outage: "
             f"{s['outage_dead_letters']}",
             f"{s['dead_lettered']} dead letters of the defect, {s['replayed']} replayed, {s['left_in_dlq']} left",
