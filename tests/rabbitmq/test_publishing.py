@@ -258,3 +258,18 @@ async def test_another_event_loop_is_refused(make_bus: MakeBus, outside: Outside
     await asyncio.to_thread(elsewhere)
     await bus.publish(UserCreated(number=2))
     assert 1 == await outside.depth("audit")
+
+
+async def test_a_bus_that_is_only_connected_publishes_and_takes_nothing(make_bus: MakeBus):
+    """Between `connect` and `start` an app may publish, and no handler runs yet."""
+    bus, handled = make_bus(), []
+
+    @bus.subscribe(UserCreated)
+    async def handle(event: UserCreated) -> None:
+        handled.append(event.number)
+
+    await bus.connect()
+    await bus.publish(UserCreated(number=1))
+    assert [] == handled
+    await bus.start()
+    await until(lambda: [1] == handled)
