@@ -9,7 +9,7 @@ from sqlalchemy.ext.asyncio import async_sessionmaker, create_async_engine
 
 from learning_hub.settings import database_of
 from meshkit import Check
-from meshkit.sqlalchemy import create_tables
+from meshkit.sqlalchemy import create_tables, tuned
 
 
 class Database:
@@ -23,12 +23,10 @@ class Database:
     name = "database"
 
     def __init__(self, service: str, tables: sa.MetaData) -> None:
-        self.engine = create_async_engine(database_of(service))
+        self.engine = tuned(create_async_engine(database_of(service)))
         self.sessions = async_sessionmaker(self.engine, expire_on_commit=False)
         self._tables = tables
         self._ready = False
-        if self.engine.dialect.name == "sqlite":
-            sa.event.listen(self.engine.sync_engine, "connect", _patient)
 
     async def start(self) -> None:
         async with self.engine.begin() as connection:
@@ -44,12 +42,3 @@ class Database:
 
     async def close(self) -> None:
         await self.engine.dispose()
-
-
-def _patient(connection: sa.engine.interfaces.DBAPIConnection, record: object) -> None:
-    # SQLite has one writer at a time; the others wait instead of failing, and readers do not wait at all.
-    cursor = connection.cursor()
-    cursor.execute("PRAGMA busy_timeout = 30000")
-    cursor.execute("PRAGMA journal_mode = WAL")
-    cursor.execute("PRAGMA synchronous = NORMAL")
-    cursor.close()

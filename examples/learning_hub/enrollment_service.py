@@ -10,6 +10,7 @@ from uuid import UUID
 import sqlalchemy as sa
 from fastapi import FastAPI, HTTPException
 from pydantic import BaseModel
+from sqlalchemy.exc import IntegrityError
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
@@ -39,7 +40,7 @@ class Enrollment(Table):
 
 
 class Step(Table):
-    """What became of an enrollment, in order."""
+    """What was heard of an enrollment's payment, in order: also what came too late to change anything."""
 
     __tablename__ = "enrollment_steps"
     id: Mapped[int] = mapped_column(primary_key=True)
@@ -73,7 +74,7 @@ async def lifespan(_: FastAPI) -> AsyncIterator[None]:
 
 
 app = FastAPI(title=SERVICE, lifespan=lifespan, telemetry={"tracing": False})
-meshkit.fastapi.install(app, service=SERVICE, parts=(database, bus, outbox.relay()))
+meshkit.fastapi.install(app, service=SERVICE, parts=(database, bus, outbox.relay()), timeout=settings.TOTAL_TIMEOUT)
 
 
 class NewEnrollment(BaseModel):
@@ -97,15 +98,18 @@ async def enroll(enrollment_id: UUID, new: NewEnrollment) -> Accepted:
         raise HTTPException(404, answer.json()["detail"])
     price = answer.raise_for_status().json()["price"]
     at_once = await takes_payments()
-    async with database.sessions.begin() as session:
-        # Enrollment and event are one transaction: there is never one without the other.
-        enrollment = await session.get(Enrollment, enrollment_id)
-        if enrollment is None:
-            enrollment = Enrollment(id=enrollment_id, user_id=new.user_id, course_id=new.course_id, state="pending")
+    enrollment = Enrollment(id=enrollment_id, user_id=new.user_id, course_id=new.course_id, state="pending")
+    try:
+        async with database.sessions.begin() as session:
+            # Enrollment and event are one transaction: there is never one without the other.
             session.add(enrollment)
             await outbox.publish(
                 session, EnrollmentRequested(enrollment_id=enrollment_id, price=price, **new.model_dump())
             )
+    except IntegrityError:
+        # Asked for before, or by two requests at once.
+        async with database.sessions() as session:
+            enrollment = await session.get_one(Enrollment, enrollment_id)
     message = "you will hear from us in a moment" if at_once else "enrollment pending: we charge your card later"
     return Accepted(enrollment_id=enrollment_id, state=enrollment.state, message=message)
 
@@ -138,7 +142,9 @@ async def on_payment_refused(event: PaymentRefused, session: AsyncSession) -> No
 
 
 async def _move(session: AsyncSession, enrollment_id: UUID, state: State, because: str) -> None:
-    await session.execute(sa.update(Enrollment).where(Enrollment.id == enrollment_id).values(state=state))
+    # The first word holds: nothing leads out of completed or compensated.
+    pending = sa.and_(Enrollment.id == enrollment_id, Enrollment.state == "pending")
+    await session.execute(sa.update(Enrollment).where(pending).values(state=state))
     session.add(Step(enrollment_id=enrollment_id, state=state, because=because))
 
 

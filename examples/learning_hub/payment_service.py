@@ -55,7 +55,7 @@ async def lifespan(_: FastAPI) -> AsyncIterator[None]:
 
 
 app = FastAPI(title=SERVICE, version=RELEASE, lifespan=lifespan, telemetry={"tracing": False})
-meshkit.fastapi.install(app, service=SERVICE, parts=(database, bus, outbox.relay()))
+meshkit.fastapi.install(app, service=SERVICE, parts=(database, bus, outbox.relay()), timeout=settings.TOTAL_TIMEOUT)
 
 
 @app.get("/payment-methods")

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from uuid import UUID
 
 import sqlalchemy as sa
 from fastapi import FastAPI, HTTPException
 from pydantic import BaseModel
+from sqlalchemy.exc import IntegrityError
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
@@ -46,7 +48,7 @@ inbox = SqlInbox(database.sessions)
 outbox = SqlOutbox(database.sessions, bus)
 
 app = FastAPI(title=SERVICE, telemetry={"tracing": False})
-meshkit.fastapi.install(app, service=SERVICE, parts=(database, bus, outbox.relay()))
+meshkit.fastapi.install(app, service=SERVICE, parts=(database, bus, outbox.relay()), timeout=settings.TOTAL_TIMEOUT)
 
 
 class NewUser(BaseModel):
@@ -57,8 +59,9 @@ class NewUser(BaseModel):
 @app.put("/users/{user_id}", status_code=201)
 async def create_user(user_id: UUID, new: NewUser) -> dict[str, str]:
     """The id is the caller's, so that asking twice makes one user."""
-    async with database.sessions.begin() as session:
-        if await session.get(User, user_id) is None:
+    with suppress(IntegrityError):
+        # Where there is one already, row and event are rolled back together; two requests at once are told apart too.
+        async with database.sessions.begin() as session:
             session.add(User(id=user_id, name=new.name, email=new.email))
             await outbox.publish(session, UserCreated(user_id=user_id, name=new.name, email=new.email))
     return {"user_id": str(user_id)}
