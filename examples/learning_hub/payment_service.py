@@ -16,8 +16,7 @@ from learning_hub.events import EnrollmentRequested, PaymentCompleted, PaymentRe
 from learning_hub.pricing import RELEASE, discounted
 from learning_hub.serve import serve
 from meshkit import CircuitBreaker
-from meshkit.messaging.message import Delivery
-from meshkit.rabbitmq import RabbitBus
+from meshkit.rabbitmq import Delivery, RabbitBus
 from meshkit.sqlalchemy import SqlInbox, SqlOutbox
 
 SERVICE = "payment-service"
