@@ -31,6 +31,8 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=15, help="how often each contender is measured (15)")
     options = parser.parse_args()
     if options.name is None:
+        if options.json:
+            parser.error("--json prints what was measured, so it needs a bench, or all")
         for name in names():
             print(f"{name:12} {(importlib.import_module(f'benchmarks.{name}').__doc__ or '').splitlines()[0]}")
         return 0

@@ -1,7 +1,8 @@
 """A contender in a process of its own, for what changes a whole process: instrumentation, a package that is not there, a global provider.
 
 A bench that wants it has ``async def work(contender, *arguments)``, an async context manager that gives ``run(count)``: a coroutine function
-that does the operation ``count`` times. ``worker(...)`` is the sample; only the worker's own processor time counts.
+that does the operation ``count`` times. ``worker(...)`` is the sample; only the worker's own processor time counts. What has to be there
+before so many operations can be done, a queue with so many messages, is filled by ``Steps.prepare(count)``, which does not count.
 """
 
 from __future__ import annotations
@@ -13,12 +14,23 @@ import importlib
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Awaitable, Callable, Iterator
+from dataclasses import dataclass
 
 from benchmarks import Sample
 
 # How long one round of a worker takes, in processor seconds: an operation of these is a hundred microseconds and more.
 _ROUND = 0.25
+
+Run = Callable[[int], Awaitable[None]]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Steps:
+    """What ``work`` gives where a round needs something of its own: ``prepare(count)``, uncounted, then ``run(count)``."""
+
+    prepare: Run
+    run: Run
 
 
 @contextlib.contextmanager
@@ -69,9 +81,12 @@ def serve() -> None:
 
 
 async def _serve(bench: str, contender: str, arguments: list[str]) -> None:
-    async with importlib.import_module(f"benchmarks.{bench}").work(contender, *arguments) as run:
+    async with importlib.import_module(f"benchmarks.{bench}").work(contender, *arguments) as given:
+        prepare, run = (given.prepare, given.run) if isinstance(given, Steps) else (None, given)
         loop = asyncio.get_running_loop()
         while line := await loop.run_in_executor(None, sys.stdin.readline):
+            if prepare is not None:
+                await prepare(int(line))
             # The collector stays on, as it is in a service; what earlier rounds left is not this one's.
             gc.collect()
             before = time.process_time()

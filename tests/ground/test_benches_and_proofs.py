@@ -85,8 +85,9 @@ def test_a_bench_prints_only_json_on_stdout_when_asked() -> None:
     rows = json.loads(done.stdout)["rows"]
     assert [row.what for row in importlib.import_module("benchmarks.breaker").ROWS] == [row["what"] for row in rows]
     assert all({"what", "against", "ratio", "low", "high", "target"} == row.keys() for row in rows)
-    wrong = subprocess.run([*command, "nothing"], cwd=ROOT, capture_output=True, text=True, check=False)
-    assert (2, 1) == (wrong.returncode, wrong.stderr.count("\n"))
+    for words in (["nothing"], ["--json"]):
+        wrong = subprocess.run([*command, *words], cwd=ROOT, capture_output=True, text=True, check=False)
+        assert (2, "", 1) == (wrong.returncode, wrong.stdout, wrong.stderr.count("\n"))
 
 
 @pytest.mark.parametrize("name", proof_names())
