@@ -11,8 +11,8 @@ import aio_pika
 import pydantic
 
 from benchmarks import Row, Sample
+from benchmarks._queues import broker
 from benchmarks._worker import worker
-from meshkit.testing import servers
 
 ROWS = (Row(what="meshkit publish, traced and counted", against="bare aio-pika publish", target=1.35),)
 
@@ -84,7 +84,7 @@ async def _declare(url: str) -> None:
 
 @contextlib.contextmanager
 def contenders() -> Iterator[Mapping[str, Sample]]:
-    with servers.rabbitmq() as server, contextlib.ExitStack() as stack:
-        asyncio.run(_declare(server.url))
+    with broker() as url, contextlib.ExitStack() as stack:
+        asyncio.run(_declare(url))
         names = ("bare aio-pika publish", "meshkit publish, traced and counted")
-        yield {name: stack.enter_context(worker("publish", name, server.url)) for name in names}
+        yield {name: stack.enter_context(worker("publish", name, url)) for name in names}
