@@ -65,19 +65,20 @@ _DEAD = {
 @contextlib.asynccontextmanager
 async def work(contender: str, url: str) -> AsyncIterator[Steps]:
     name = _QUEUES[contender]
-    if contender in (_HOP, _HOP_MOVER):
-        async with source(url, name, _QUORUM) as queue, source(url, f"{name}-moved", _SHORT) as target:
-            moving = _hop(url, queue) if contender == _HOP else _bare(url, queue, target.name, one_by_one=False)
-            async with moving as steps:
-                yield steps
+    if contender == _HOP:
+        async with source(url, name, _QUORUM) as queue, _hop(url, queue) as steps:
+            yield steps
         return
-    origin = name.removesuffix(".dlq")
-    dead = source(url, name, _QUORUM, headers={**_DEAD, "meshkit-queue": origin})
-    async with source(url, origin, _SHORT), dead as queue:
+    if contender == _HOP_MOVER:
+        target, headers = f"{name}-moved", None
+    else:
+        target = name.removesuffix(".dlq")
+        headers = {**_DEAD, "meshkit-queue": target}
+    async with source(url, target, _SHORT), source(url, name, _QUORUM, headers=headers) as queue:
         if contender in (_REPLAY, _REPLAY_TRACED):
             moving = _replay(url, queue, traced=contender == _REPLAY_TRACED)
         else:
-            moving = _bare(url, queue, origin, one_by_one=contender == _MOVER_ONE)
+            moving = _bare(url, queue, target, one_by_one=contender == _MOVER_ONE)
         async with moving as steps:
             yield steps
 
