@@ -64,6 +64,18 @@ async def test_sends_all_back_in_order(broker: str, channel: AbstractChannel, to
     assert [(QUEUE, "republished")] * 5 == [(event.source, event.result) for event in told]
 
 
+async def test_one_connection_replays_as_often_as_one_likes(broker: str, channel: AbstractChannel):
+    """One after another: first one message, to see that it is mended, then the rest."""
+    await put(channel, *map(dead_letter, ("m1", "m2")))
+
+    async with DeadLetters(broker) as letters:
+        first = await letters.replay(DLQ, limit=1)
+        rest = await letters.replay(DLQ)
+
+    assert (["m1"], ["m2"]) == (first.replayed, rest.replayed)
+    assert ["m1", "m2"] == await ids(channel, QUEUE)
+
+
 async def test_the_copy_begins_anew(broker: str, channel: AbstractChannel):
     """A replayed message keeps id, body, properties and where it came from; attempt, deadline and failure are gone."""
     await put(channel, dead_letter("m1", replay_count="1"))

@@ -203,8 +203,8 @@ class DeadLetters:
     def __init__(self, url: str, *, service: str = "meshkit-dlq", clock: Clock = SYSTEM_CLOCK) -> None:
         self._url = checked_url(url)
         self._clock = clock
+        self._service = service
         self._reading = Link(self._url, role="consume", service=service, clock=clock)
-        self._writing = Link(self._url, role="publish", service=service, clock=clock)
 
     async def __aenter__(self) -> Self:
         try:
@@ -292,9 +292,10 @@ class DeadLetters:
                 while await chosen.next() is not None:
                     pass
             return receipt
-        publisher = Publisher(self._writing, clock=self._clock)
+        writing = Link(self._url, role="publish", service=self._service, clock=self._clock)
+        publisher = Publisher(writing, clock=self._clock)
         try:
-            await self._open(self._writing)
+            await self._open(writing)
             async with self._taking(queue, foreign=foreign) as taken:
                 with _replay_span(receipt) as run:
                     replayer = _Replayer(publisher, run, by=by or _who(), clock=self._clock, server=self._server)
@@ -309,7 +310,7 @@ class DeadLetters:
                         receipt.stopped = error.cause
         finally:
             await publisher.close()
-            await self._writing.close()
+            await writing.close()
         return receipt
 
     # -- inside -------------------------------------------------------------------------------------------------------
