@@ -302,7 +302,8 @@ def listen(listener: Callable[[E], object], *, kind: type[E]) -> Callable[[], No
     Raises:
         ConfigurationError: `listener` is a coroutine function, which nobody would await.
     """
-    if inspect.iscoroutinefunction(listener) or inspect.iscoroutinefunction(getattr(listener, "__call__", None)):  # noqa: B004
+    called = getattr(listener, "__call__", None)  # noqa: B004 - not asked whether it can be called, but how
+    if inspect.iscoroutinefunction(listener) or inspect.iscoroutinefunction(called):
         raise ConfigurationError(
             f"a listener is a plain function, and {listener!r} is a coroutine function.",
             "Have it put the event into an asyncio.Queue, say, and await there.",

@@ -15,6 +15,7 @@ library is imported here, so that benches and the demo's launcher can use it bef
 
 from __future__ import annotations
 
+import abc
 import base64
 import contextlib
 import json
@@ -198,7 +199,7 @@ def _run_as(user: str | None, command: Sequence[str | Path]) -> list[str]:
     return ["setpriv", f"--reuid={account.pw_uid}", f"--regid={account.pw_gid}", "--clear-groups", "--", *words]
 
 
-class Server:
+class Server(abc.ABC):
     """What all of them share: a folder, ports, processes of their own, and the way to start, stop, crash and remove them."""
 
     name = "server"
@@ -230,17 +231,19 @@ class Server:
 
     # What a subclass says.
 
-    def _prepare(self) -> None:
+    def _prepare(self) -> None:  # noqa: B027 - a server that reads nothing has nothing to write
         """Write what the server reads; runs once, before the first start."""
 
+    @abc.abstractmethod
     def _command(self) -> list[str | Path]:
-        raise NotImplementedError
+        """The line that starts it."""
 
     def _environment(self) -> dict[str, str]:
         return {}
 
+    @abc.abstractmethod
     def _answers(self) -> bool:
-        raise NotImplementedError
+        """Whether it is ready, found out by asking it."""
 
     # What a user does.
 
