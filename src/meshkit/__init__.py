@@ -24,7 +24,6 @@ if TYPE_CHECKING:
     from meshkit.core.call import Call as Call
     from meshkit.core.call import Judgement as Judgement
     from meshkit.core.call import Outcome as Outcome
-    from meshkit.core.call import Pipeline as Pipeline
     from meshkit.core.call import Policy as Policy
     from meshkit.core.call import current_attempt as current_attempt
     from meshkit.core.clock import Clock as Clock
@@ -32,6 +31,7 @@ if TYPE_CHECKING:
     from meshkit.core.events import listen as listen
     from meshkit.core.lifecycle import Check as Check
     from meshkit.core.lifecycle import Part as Part
+    from meshkit.core.pipeline import Pipeline as Pipeline
     from meshkit.core.scope import Scope as Scope
     from meshkit.core.scope import current_scope as current_scope
     from meshkit.errors import AttemptTimeoutError as AttemptTimeoutError
@@ -65,10 +65,11 @@ if TYPE_CHECKING:
 
 # Name → the module it lives in. A test holds this against the imports above, which type checkers read.
 _PUBLIC = {
-    **dict.fromkeys(("Call", "Judgement", "Outcome", "Pipeline", "Policy", "current_attempt"), "meshkit.core.call"),
+    **dict.fromkeys(("Call", "Judgement", "Outcome", "Policy", "current_attempt"), "meshkit.core.call"),
     "Clock": "meshkit.core.clock",
     **dict.fromkeys(("Event", "listen"), "meshkit.core.events"),
     **dict.fromkeys(("Check", "Part"), "meshkit.core.lifecycle"),
+    "Pipeline": "meshkit.core.pipeline",
     **dict.fromkeys(("Scope", "current_scope"), "meshkit.core.scope"),
     **dict.fromkeys(
         (

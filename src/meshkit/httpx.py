@@ -39,10 +39,11 @@ from datetime import UTC
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Final, Literal, Self, TypedDict, Unpack, cast, overload
 
-from meshkit.core.call import Call, Judgement, Outcome, Pipeline, Policy
+from meshkit.core.call import Call, Judgement, Outcome, Policy
 from meshkit.core.clock import SYSTEM_CLOCK, Clock
 from meshkit.core.events import ClientAttemptEnded, ClientCallEnded, RetryScheduled, TimedOut, emit, heard
 from meshkit.core.events import error_type as _type_of
+from meshkit.core.pipeline import Pipeline
 from meshkit.core.scope import Scope, current_scope, scope_open
 from meshkit.core.trace import AttributeValue, tracer
 from meshkit.errors import (

@@ -85,7 +85,7 @@ async def test_a_decorated_function_keeps_its_face():
 
     assert ("price", "What it costs.", 3) == (price.__name__, price.__doc__, await price(3))
 
-    async def items():
+    def items():
         yield 1
 
     with pytest.raises(ConfigurationError, match="is a generator"):

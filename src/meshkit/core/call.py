@@ -1,21 +1,17 @@
-"""A call on its way through policies: what it is, how it ends, and the pipeline that it runs through."""
+"""A call on its way through policies: what it is, and how it ends."""
 
 from __future__ import annotations
 
-import functools
-import inspect
 import logging
 from collections.abc import Awaitable, Callable, Coroutine
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Any, Literal, ParamSpec, Protocol, TypeVar, cast, runtime_checkable
+from typing import Any, Final, Literal, Protocol, TypeVar, cast, runtime_checkable
 
-from meshkit.core.scope import Scope, close_scope, current_scope, open_scope
 from meshkit.errors import ConfigurationError
 
 T = TypeVar("T")
 R = TypeVar("R")
-P = ParamSpec("P")
 
 _log = logging.getLogger("meshkit")
 
@@ -49,6 +45,15 @@ class Judgement:
 
 Judge = Callable[[Outcome], Judgement]
 Ender = Callable[[Outcome], object]
+Stop = Callable[[Callable[[], Exception]], object]
+Work = tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]
+
+
+def _nothing() -> None:
+    raise AssertionError("this call has no work of its own: an edge leads it")
+
+
+NO_WORK: Final[Work] = (_nothing, (), {})
 
 
 class Call:
@@ -63,22 +68,32 @@ class Call:
         judge: what the edge says of an outcome, `None` without an edge.
         discard: disposes of a result that nobody will get (a response that is retried), `None` if there is nothing
             to dispose of.
+        late: whether the end may come after `run` has returned. Where it cannot, a policy may do at the return of
+            `call_next` what it would otherwise ask `on_end` for, which is cheaper.
+        stop: ends what still goes on after `run` has returned, with the error that its argument makes: how a Timeout
+            reaches a stream. `None` where an edge sees to its own time, or nothing goes on.
+        work: function, positional and keyword arguments of the call, for the innermost step of a pipeline.
     """
 
-    __slots__ = ("_enders", "attempt", "discard", "judge", "name")
+    __slots__ = ("_enders", "attempt", "discard", "judge", "late", "name", "stop", "work")
 
     def __init__(
         self,
         name: str,
-        *,
         attempt: int = 1,
         judge: Judge | None = None,
         discard: Callable[[Any], Awaitable[object]] | None = None,
+        late: bool = True,
+        stop: Stop | None = None,
+        work: Work = NO_WORK,
     ) -> None:
         self.name = name
         self.attempt = attempt
         self.judge = judge
         self.discard = discard
+        self.late = late
+        self.stop = stop
+        self.work = work
         self._enders: list[Ender] | None = None
 
     def on_end(self, ender: Ender) -> None:
@@ -131,7 +146,7 @@ class Call:
 
     def again(self) -> Call:
         """The next attempt at the same call."""
-        return Call(self.name, attempt=self.attempt + 1, judge=self.judge, discard=self.discard)
+        return Call(self.name, self.attempt + 1, self.judge, self.discard, self.late, self.stop, self.work)
 
 
 def driven(coroutine: Coroutine[Any, Any, T], what: str) -> T:
@@ -180,185 +195,31 @@ class SyncPolicy(Policy, Protocol):
         ...
 
 
-_attempt: ContextVar[int] = ContextVar("meshkit_attempt", default=1)
+@runtime_checkable
+class Shortcut(Protocol):
+    """A policy that, alone around a function, gets by without a Call: `Pipeline` then decorates with this."""
+
+    def around(self, name: str, fn: Callable[..., Awaitable[R]]) -> Callable[..., Coroutine[Any, Any, R]]:
+        """A coroutine function that calls `fn` as `run` would."""
+        ...
+
+    def around_sync(self, name: str, fn: Callable[..., R]) -> Callable[..., R]:
+        """As `around`, for a plain function."""
+        ...
+
+
+ATTEMPT: Final[ContextVar[int]] = ContextVar("meshkit_attempt", default=1)
 
 
 def current_attempt() -> int:
     """The number of the attempt that runs here, from 1."""
-    return _attempt.get()
+    return ATTEMPT.get()
 
 
-async def _numbered(attempt: int, fn: Callable[[], Awaitable[R]]) -> R:
-    token = _attempt.set(attempt)
+async def numbered(attempt: int, fn: Callable[..., Awaitable[R]], *args: Any, **kwargs: Any) -> R:
+    """Call `fn` as attempt number `attempt`."""
+    token = ATTEMPT.set(attempt)
     try:
-        return await fn()
+        return await fn(*args, **kwargs)
     finally:
-        _attempt.reset(token)
-
-
-class Pipeline:
-    """Policies in order, outermost first. Itself a policy, a decorator, and something to call.
-
-    Args:
-        name: what is called, for events, metrics and errors.
-        policies: outermost first.
-
-    Raises:
-        ConfigurationError: something given is no policy.
-    """
-
-    __slots__ = ("__weakref__", "_first", "_rest", "name", "policies")
-
-    def __init__(self, name: str, *policies: Policy) -> None:
-        if not isinstance(cast("object", name), str):
-            raise ConfigurationError(f"a pipeline begins with the name of what it calls, and {name!r} is none.")
-        for policy in policies:
-            # A class has the methods of its objects, so it would pass for one of them.
-            if isinstance(policy, type) or not isinstance(policy, Policy):
-                raise ConfigurationError(
-                    f"a pipeline is made of policies, and {policy!r} is none.",
-                    "A policy has `async run(call, call_next)` and `describe()`.",
-                )
-        self.name = name
-        self.policies = policies
-        # What a call is led through, looked up once: the outermost policy, and the others from the inside out.
-        self._first = policies[0].run if policies else None
-        self._rest = tuple(policy.run for policy in reversed(policies[1:]))
-
-    def __repr__(self) -> str:
-        return f"Pipeline({', '.join([repr(self.name), *map(repr, self.policies)])})"
-
-    # -- as a policy --------------------------------------------------------------------------------------------------
-
-    async def run(self, call: Call, call_next: Next[T]) -> T:
-        return await self._led(call, call_next)
-
-    def run_sync(self, call: Call, call_next: NextSync[T]) -> T:
-        step = call_next
-        for policy in reversed(self.policies):
-            if not isinstance(policy, SyncPolicy):
-                raise self._only_async(policy)
-            step = functools.partial(policy.run_sync, call_next=step)
-        return step(call)
-
-    def describe(self) -> dict[str, object]:
-        return {"kind": "pipeline", "name": self.name, "policies": [policy.describe() for policy in self.policies]}
-
-    def _led(self, call: Call, call_next: Next[T]) -> Awaitable[T]:
-        if self._first is None:
-            return call_next(call)
-        step = call_next
-        for run in self._rest:
-            step = functools.partial(run, call_next=step)
-        return self._first(call, step)
-
-    # -- as something to call -----------------------------------------------------------------------------------------
-
-    async def call(self, fn: Callable[P, Awaitable[R]], *args: P.args, **kwargs: P.kwargs) -> R:
-        """Call a coroutine function through the policies.
-
-        Raises:
-            whatever `fn` raises at the last attempt, and the errors of the policies.
-        """
-        return await self._through(fn, args, kwargs)
-
-    def call_sync(self, fn: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
-        """Call a plain function through the policies, holding this thread during waits.
-
-        Raises:
-            ConfigurationError: `fn` has returned a coroutine.
-            whatever `fn` raises at the last attempt, and the errors of the policies.
-        """
-        return self._through_sync(fn, args, kwargs)
-
-    async def _through(self, fn: Callable[..., Awaitable[R]], args: tuple[Any, ...], kwargs: dict[str, Any]) -> R:
-        # No layer that is not needed: this is on the path of every call.
-        def last(call: Call) -> Awaitable[R]:
-            if call.attempt == _attempt.get():
-                return fn(*args, **kwargs)
-            return _numbered(call.attempt, functools.partial(fn, *args, **kwargs))
-
-        call = Call(self.name)
-        opened = None if current_scope() is not None else open_scope(Scope())
-        try:
-            result = await self._led(call, last)
-        except BaseException as error:
-            call.end(Outcome(error=error))
-            raise
-        else:
-            if call.ends:
-                call.end(Outcome(result))
-            return result
-        finally:
-            if opened is not None:
-                close_scope(opened)
-
-    def _through_sync(self, fn: Callable[..., R], args: tuple[Any, ...], kwargs: dict[str, Any]) -> R:
-        def last(call: Call) -> R:
-            token = _attempt.set(call.attempt)
-            try:
-                result = fn(*args, **kwargs)
-            finally:
-                _attempt.reset(token)
-            if inspect.iscoroutine(result):
-                # It has not run at all: nobody is to count that as a success.
-                result.close()
-                raise ConfigurationError(
-                    f"the plain function that pipeline {self.name!r} calls has returned a coroutine.",
-                    "Make it `async def`, so that the pipeline awaits it.",
-                )
-            return result
-
-        call = Call(self.name)
-        opened = None if current_scope() is not None else open_scope(Scope())
-        try:
-            result = self.run_sync(call, last)
-        except BaseException as error:
-            call.end(Outcome(error=error))
-            raise
-        else:
-            call.end(Outcome(result))
-            return result
-        finally:
-            if opened is not None:
-                close_scope(opened)
-
-    # -- as a decorator -----------------------------------------------------------------------------------------------
-
-    def __call__(self, fn: Callable[P, R]) -> Callable[P, R]:
-        """Guard `fn`: a coroutine function, or a plain one where all policies can.
-
-        Raises:
-            ConfigurationError: `fn` is a plain function and a policy is only for coroutines, or it is a generator.
-        """
-        # An object with an async `__call__` is a coroutine function in all but name.
-        faces = (fn, getattr(fn, "__call__", None))  # noqa: B004 - not asked whether it can be called, but how
-        if any(inspect.isasyncgenfunction(face) or inspect.isgeneratorfunction(face) for face in faces):
-            raise ConfigurationError(
-                f"{getattr(fn, '__qualname__', repr(fn))} is a generator, whose calls end long after they return.",
-                "Guard the function that fetches one item.",
-            )
-        if any(inspect.iscoroutinefunction(face) for face in faces):
-            through = self._through
-
-            @functools.wraps(fn)
-            async def guarded(*args: Any, **kwargs: Any) -> Any:
-                return await through(cast("Callable[..., Awaitable[Any]]", fn), args, kwargs)
-
-            return cast("Callable[P, R]", guarded)
-
-        for policy in self.policies:
-            if not isinstance(policy, SyncPolicy):
-                raise self._only_async(policy)
-
-        @functools.wraps(fn)
-        def guarded_sync(*args: P.args, **kwargs: P.kwargs) -> R:
-            return self._through_sync(fn, args, kwargs)
-
-        return guarded_sync
-
-    def _only_async(self, policy: Policy) -> ConfigurationError:
-        return ConfigurationError(
-            f"{type(policy).__name__} in pipeline {self.name!r} works with coroutine functions only.",
-            "Make the function `async def`, or leave that policy out.",
-        )
+        ATTEMPT.reset(token)

@@ -12,7 +12,7 @@ import logging
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal, TypeVar
+from typing import Any, ClassVar, Literal, TypeVar
 
 from meshkit.errors import ConfigurationError
 
@@ -21,7 +21,13 @@ _log = logging.getLogger("meshkit")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Event:
-    """A fact. `source` names what it is about: a client, a breaker, a queue, a connection."""
+    """A fact. `source` names what it is about: a client, a breaker, a queue, a connection.
+
+    Attributes:
+        heard: of a class, whether anyone listens to it: lets the hottest paths leave the event unmade.
+    """
+
+    heard: ClassVar[bool] = False
 
     source: str
 
@@ -29,7 +35,7 @@ class Event:
 # -- policies ---------------------------------------------------------------------------------------------------------
 
 RetryEnd = Literal["attempts", "deadline", "budget", "breaker", "server", "not_retryable"]
-CircuitState = Literal["closed", "open", "half_open", "isolated"]
+CircuitState = Literal["closed", "open", "half_open", "isolated", "disabled"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,18 +69,59 @@ class CircuitChanged(Event):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CircuitRejected(Event):
-    """A circuit breaker refused a call."""
+    """A circuit breaker refused a call; one in shadow mode would have, and let it through."""
 
     retry_after: float | None
+    shadow: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BulkheadRejected(Event):
+    """A bulkhead refused a call: its queue was full, or the wait in it was over."""
+
+    reason: Literal["full", "timeout"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RateLimited(Event):
+    """A rate limiter refused a call: no permit within the time that the caller would wait."""
+
+    retry_after: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HedgeStarted(Event):
+    """An attempt had not answered after `delay` seconds, so that attempt number `attempt` was started beside it."""
+
+    attempt: int
+    delay: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HedgeEnded(Event):
+    """A call with more than one attempt at once is over; `winner` is the number of the attempt that answered, `None`
+    where none did."""
+
+    attempts: int
+    winner: int | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RetryBudgetExhausted(Event):
+    """A retry or a hedge was not made because the budget of `source` was used up."""
+
+    kind: Literal["retry", "hedge"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FallbackUsed(Event):
-    """A fallback answered, or tried to, in place of a failed call."""
+    """A fallback answered, or tried to, in place of a failed call. `age`: seconds since the answer was good, where it is
+    one that was kept."""
 
     reason: Literal["breaker_open", "rejected", "timeout", "retries_exhausted", "error"]
     result: Literal["success", "failure"]
     error_type: str
+    age: float | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -313,6 +360,7 @@ def listen(listener: Callable[[E], object], *, kind: type[E]) -> Callable[[], No
     with _lock:
         _listeners = (*_listeners, entry)
         _by_kind = {}
+        _tell_classes(Event)
 
     def stop() -> None:
         global _listeners, _by_kind
@@ -320,8 +368,15 @@ def listen(listener: Callable[[E], object], *, kind: type[E]) -> Callable[[], No
             # By identity: the same function may have been given twice, and each stop ends its own.
             _listeners = tuple(known for known in _listeners if known is not entry)
             _by_kind = {}
+            _tell_classes(Event)
 
     return stop
+
+
+def _tell_classes(kind: type[Event]) -> None:
+    kind.heard = any(issubclass(kind, wanted) for wanted, _ in _listeners)
+    for subclass in kind.__subclasses__():
+        _tell_classes(subclass)
 
 
 def heard(kind: type[Event]) -> bool:

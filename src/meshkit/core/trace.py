@@ -197,6 +197,16 @@ class _NoTracer:
         return nullcontext()
 
 
+class _Tracing:
+    __slots__ = ("on",)
+
+    def __init__(self) -> None:
+        self.on = False
+
+
+TRACING: Final = _Tracing()
+"""Whether `tracer()` makes spans: `.on` is what the hottest paths read before they ask for it."""
+
 _tracer: Tracer = _NoTracer()
 
 
@@ -209,3 +219,4 @@ def use_tracer(new: Tracer) -> None:
     """Have `tracer()` return `new` from now on."""
     global _tracer
     _tracer = new
+    TRACING.on = not isinstance(new, _NoTracer)

@@ -17,9 +17,10 @@ from typing import Any, ParamSpec, TypeVar, cast
 
 import pybreaker
 
-from meshkit.core.call import Call, Next, NextSync, Outcome, Pipeline
+from meshkit.core.call import Call, Next, NextSync, Outcome
 from meshkit.core.clock import SYSTEM_CLOCK, Clock
 from meshkit.core.events import CircuitChanged, CircuitRejected, CircuitState, Event, emit, heard
+from meshkit.core.pipeline import Pipeline
 from meshkit.core.scope import Scope, current_scope
 from meshkit.core.trace import tracer
 from meshkit.errors import ConfigurationError, RejectedError

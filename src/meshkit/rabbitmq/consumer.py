@@ -17,7 +17,7 @@ from typing import Any, Final
 
 from aiormq.abc import AbstractChannel, DeliveredMessage
 
-from meshkit.core.call import Call, Judgement, Outcome, Pipeline, Policy
+from meshkit.core.call import Call, Judgement, Outcome, Policy
 from meshkit.core.clock import Clock
 from meshkit.core.events import (
     ConsumerPaused,
@@ -33,6 +33,7 @@ from meshkit.core.events import (
 )
 from meshkit.core.events import error_type as type_of
 from meshkit.core.lifecycle import Check
+from meshkit.core.pipeline import Pipeline
 from meshkit.core.scope import Handling, Scope, scope_open
 from meshkit.core.trace import Span, TraceContext, parse_traceparent, tracer
 from meshkit.errors import EnvelopeError, MessagingError, PublishError, TopologyError, UnroutableError
