@@ -308,7 +308,7 @@ async def test_a_fallback_answers_and_says_so(
         assert [] == (await prices.get("/")).json()
         assert ("no-prices",) == scope.degraded
     assert [("fallback", 3)] == ended(events)
-    assert {"success": 0, "failure": 3, "ignored": 0, "rejected": 0} == breaker.counts
+    assert {"success": 0, "failure": 3, "ignored": 0, "rejected": 0, "shadowed": 0} == breaker.counts
     (call,) = spans.named("meshkit.call prices")
     assert StatusCode.UNSET is call.status.status_code
     assert ["meshkit.retry", "meshkit.retry", "meshkit.fallback"] == [event.name for event in call.events]
@@ -348,7 +348,7 @@ async def test_errors_of_policies_are_errors_of_the_library(client: Make, librar
         await task
     assert isinstance(late.value, AttemptTimeoutError)
     assert "/" == late.value.request.url.path
-    breaker.force_open()
+    breaker.isolate()
     with pytest.raises(library.HTTPError) as refused:
         await prices.get("/")
     assert isinstance(refused.value, CircuitOpenError)

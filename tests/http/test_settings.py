@@ -106,7 +106,7 @@ async def test_a_pipeline_of_ones_own_judges_by_the_table(client: Make, host: Fa
     host.script = [answer(503), answer()]
     prices = client(pipeline=Pipeline("mine", Retry(clock=clock), breaker))
     assert 200 == (await prices.get("/")).status_code
-    assert {"success": 1, "failure": 1, "ignored": 0, "rejected": 0} == breaker.counts
+    assert {"success": 1, "failure": 1, "ignored": 0, "rejected": 0, "shadowed": 0} == breaker.counts
 
 
 # -- hosts ------------------------------------------------------------------------------------------------------------

@@ -47,7 +47,7 @@ async def test_an_answer_is_judged_by_method_and_status(
     response = await client(breaker=breaker).request(method, "/")
     assert status == response.status_code
     assert sends == len(host.asked)
-    assert {"success": 0, "failure": 0, "ignored": 0, "rejected": 0} | {counted: sends} == breaker.counts
+    assert {"success": 0, "failure": 0, "ignored": 0, "rejected": 0, "shadowed": 0} | {counted: sends} == breaker.counts
 
 
 async def test_an_idempotency_key_makes_any_method_idempotent(client: Make, host: FaultHost) -> None:
@@ -152,7 +152,7 @@ async def test_a_kept_connection_closed_before_a_byte_is_no_fault(
     assert [1, 1, 2] == [asked.connection for asked in host.asked]
     assert ["1", "1", "2"] == [asked.headers["meshkit-attempt"] for asked in host.asked]
     assert [] == clock.sleeps
-    assert {"success": 2, "failure": 0, "ignored": 0, "rejected": 0} == breaker.counts
+    assert {"success": 2, "failure": 0, "ignored": 0, "rejected": 0, "shadowed": 0} == breaker.counts
     assert [0.0] == [event.delay for event in events if isinstance(event, RetryScheduled)]
     assert 3 == sum(isinstance(event, ClientAttemptEnded) for event in events)
 
@@ -177,7 +177,7 @@ async def test_a_post_on_a_closed_connection_is_not_sent_again(
     with pytest.raises(library.RemoteProtocolError):
         await prices.post("/2")
     assert 2 == len(host.asked)
-    assert {"success": 1, "failure": 0, "ignored": 1, "rejected": 0} == breaker.counts
+    assert {"success": 1, "failure": 0, "ignored": 1, "rejected": 0, "shadowed": 0} == breaker.counts
 
 
 @pytest.mark.parametrize("retry", [None, Retry(attempts=1)])
@@ -208,7 +208,7 @@ async def test_a_shortage_of_connections_is_our_own(
         assert "after 3 attempts" in caught.value.__notes__[0]
         task.cancel()
         await asyncio.gather(task, return_exceptions=True)
-    assert {"success": 0, "failure": 0, "ignored": 4, "rejected": 0} == breaker.counts
+    assert {"success": 0, "failure": 0, "ignored": 4, "rejected": 0, "shadowed": 0} == breaker.counts
 
 
 async def test_an_attempt_that_never_got_a_connection_is_our_own_shortage(
@@ -232,7 +232,7 @@ async def test_an_attempt_that_never_got_a_connection_is_our_own_shortage(
         first.cancel()
         await asyncio.gather(first, return_exceptions=True)
     assert 1 == len(host.asked)
-    assert {"success": 0, "failure": 0, "ignored": 1, "rejected": 0} == breaker.counts
+    assert {"success": 0, "failure": 0, "ignored": 1, "rejected": 0, "shadowed": 0} == breaker.counts
 
 
 async def test_an_attempt_that_gets_no_answer_in_time_is_tried_again(client: Make, host: FaultHost) -> None:
@@ -247,7 +247,7 @@ async def test_an_attempt_that_gets_no_answer_in_time_is_tried_again(client: Mak
         await clock.advance(5.0)
         await clock.advance(1.0)
     assert 200 == (await task).status_code
-    assert {"success": 1, "failure": 2, "ignored": 0, "rejected": 0} == breaker.counts
+    assert {"success": 1, "failure": 2, "ignored": 0, "rejected": 0, "shadowed": 0} == breaker.counts
 
 
 async def test_a_body_that_breaks_off_is_a_failure(

@@ -227,9 +227,9 @@ async def test_a_raising_listener_changes_nothing(clock):
 
 
 async def test_isolated_rejects_until_reset(clock):
-    """`force_open` rejects however long it takes; `reset` ends it with an empty window."""
+    """`isolate` rejects however long it takes; `reset` ends it with an empty window."""
     guarded = breaker(clock)
-    guarded.force_open()
+    guarded.isolate()
     await clock.advance(1_000_000)
     with pytest.raises(CircuitOpenError) as caught:
         await Pipeline("payments", guarded).call(fine)
@@ -256,7 +256,7 @@ async def test_the_edge_decides_what_a_failure_is(clock):
     assert "closed" == guarded.state
     await come_to("down")
     assert "open" == guarded.state
-    assert {"success": 1, "failure": 3, "ignored": 4, "rejected": 0} == guarded.counts
+    assert {"success": 1, "failure": 3, "ignored": 4, "rejected": 0, "shadowed": 0} == guarded.counts
 
 
 async def test_the_request_hears_that_a_breaker_opened(clock):
@@ -305,7 +305,7 @@ def test_threads_run_in_parallel_and_trip_once(clock, changes):
 async def test_rejections_do_not_grow_a_traceback(clock):
     """Each rejection is an error of its own, with a traceback as short as the first one's."""
     guarded = breaker(clock)
-    guarded.force_open()
+    guarded.isolate()
 
     async def depth():
         try:
@@ -541,7 +541,7 @@ def test_an_error_can_be_copied_and_sent_to_another_process():
 async def test_a_rejection_is_free_when_it_is_dropped(clock):
     """An error holds no cycle, so that its memory does not wait for the collector while a circuit is open."""
     guarded = breaker(clock)
-    guarded.force_open()
+    guarded.isolate()
 
     def alive():
         return sum(isinstance(found, CircuitOpenError) for found in gc.get_objects())

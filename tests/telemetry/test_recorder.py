@@ -399,7 +399,7 @@ async def test_a_scrape_shows_state_and_calls_of_each_breaker(recorder, registry
 def test_an_isolated_breaker_says_so(recorder, registry):
     """`isolated` is a state of its own, not a kind of open."""
     breaker = CircuitBreaker("isolated-one")
-    breaker.force_open()
+    breaker.isolate()
     generate_latest(registry)
     assert 1 == value(registry, "meshkit_circuitbreaker_state", breaker="isolated-one", state="isolated")
     assert 0 == value(registry, "meshkit_circuitbreaker_state", breaker="isolated-one", state="open")
@@ -410,7 +410,7 @@ def test_breakers_of_one_name_are_one_series(recorder, registry):
     one, two = CircuitBreaker("twin"), CircuitBreaker("twin")
     one(lambda: None)()
     two(lambda: None)()
-    two.force_open()
+    two.isolate()
     generate_latest(registry)
     assert 1 == value(registry, "meshkit_circuitbreaker_state", breaker="twin", state="isolated")
     assert 2 == value(registry, "meshkit_circuitbreaker_calls_total", breaker="twin", result="success")
@@ -552,7 +552,7 @@ breaker(lambda: None)()
 emit(events.MessageReceived(source="orders", redelivered=False))
 traceparent = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
 emit(events.MessageDeadLettered(source="orders", reason="expired", error_type="", message_id="m", traceparent=traceparent))
-breaker.force_open()
+breaker.isolate()
 print("ready", flush=True)
 if sys.argv[1] == "render":
     sys.stdin.readline()

@@ -3,38 +3,52 @@
 A stock `pybreaker.CircuitBreaker` is the state of record and makes the transitions, through its public API only; its
 call paths are never used, because they do not work with asyncio. The window, the probes, the clock and the fence that
 drops results of an earlier period are ours.
+
+       ┌────────── all probes passed ──────────┐
+       ▼                                       │
+    closed ── too many failed or slow ──▶ open ── its time is over ──▶ half-open
+                                           ▲                               │
+                                           └── a probe failed, was slow, ──┘
+                                               or none decided in time
 """
 
 from __future__ import annotations
 
+import itertools
 import logging
 import math
 import threading
 import weakref
-from collections import deque
-from collections.abc import Callable, Iterable
-from typing import Any, ParamSpec, TypeVar, cast
+from collections.abc import Awaitable, Callable, Coroutine, Iterable
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any, Final, Literal, ParamSpec, Self, TypeVar, cast
 
 import pybreaker
 
-from meshkit.core.call import Call, Next, NextSync, Outcome
-from meshkit.core.clock import SYSTEM_CLOCK, Clock
-from meshkit.core.events import CircuitChanged, CircuitRejected, CircuitState, Event, emit, heard
+from meshkit.core.call import Call, Judge, Next, NextSync, Outcome
+from meshkit.core.clock import SYSTEM_CLOCK, Clock, Timer
+from meshkit.core.events import CircuitChanged, CircuitRejected, CircuitState, Event, emit
 from meshkit.core.pipeline import Pipeline
 from meshkit.core.scope import Scope, current_scope
-from meshkit.core.trace import tracer
-from meshkit.errors import ConfigurationError, RejectedError
+from meshkit.core.trace import TRACING, tracer
+from meshkit.errors import ConfigurationError, DeadlineExceededError, RejectedError
+from meshkit.policies.window import CountWindow, TimeWindow, Totals, Window
 
 T = TypeVar("T")
 R = TypeVar("R")
 P = ParamSpec("P")
 _log = logging.getLogger("meshkit")
 
-_STATES: dict[str, CircuitState] = {
+_STATES: Final[dict[str, CircuitState]] = {
     pybreaker.STATE_CLOSED: "closed",
     pybreaker.STATE_OPEN: "open",
     pybreaker.STATE_HALF_OPEN: "half_open",
 }
+_OPEN_AT_MOST: Final = 300.0
+_NEVER: Final = -math.inf
+# With a factor of 2 this is longer than any clock runs; the power is taken of no higher number.
+_MOST_ROUNDS: Final = 64
 
 
 class CircuitOpenError(RejectedError, pybreaker.CircuitBreakerError):
@@ -47,15 +61,33 @@ class CircuitOpenError(RejectedError, pybreaker.CircuitBreakerError):
     """
 
     code = "MK501"
+    cause = ""
+    remedy = ""
+
+    # While a breaker is open, these are made by the thousand and never printed: their facts stay in `args`, where
+    # `BaseException.__new__` puts them, and the text is made in `__str__`.
 
     def __init__(self, *, policy: str, retry_after: float | None, state: CircuitState = "open") -> None:
-        # The text is made in __str__: while a breaker is open, most of these are never printed.
-        super().__init__(policy=policy, retry_after=retry_after)
-        self.state = state
+        self.args = (policy, retry_after, state)
+
+    @property
+    def policy(self) -> str:  # type: ignore[override]  # pyright: ignore[reportIncompatibleVariableOverride]
+        return cast("str", self.args[0])
+
+    @property
+    def retry_after(self) -> float | None:  # type: ignore[override]  # pyright: ignore[reportIncompatibleVariableOverride]
+        return cast("float | None", self.args[1])
+
+    @property
+    def state(self) -> CircuitState:
+        return cast("CircuitState", self.args[2])
 
     def __str__(self) -> str:
         when = "" if self.retry_after is None else f"; it lets a probe through in {self.retry_after:.3g} s"
         return f"{self.code}  circuit {self.policy!r} is {self.state.replace('_', '-')}{when}."
+
+
+_make_refusal: Final = cast("Callable[..., CircuitOpenError]", CircuitOpenError.__new__)
 
 
 class _Tap(pybreaker.CircuitBreakerListener):
@@ -68,8 +100,9 @@ class _Tap(pybreaker.CircuitBreakerListener):
         owner = self._owner()
         if owner is not None:
             owner._core_state = new_state.name
-            # In this order: see `_entered`.
-            owner._free = None
+            # In this order: see `_publish`.
+            owner._gate.free = None
+            owner._gate.until = _NEVER
 
 
 class _Storage(pybreaker.CircuitMemoryStorage):
@@ -81,8 +114,72 @@ class _Storage(pybreaker.CircuitMemoryStorage):
 
     @property
     def counter(self) -> int:
+        # Without our lock: pybreaker may ask while it holds its own.
         owner = self._owner()
-        return 0 if owner is None else owner._failures
+        return 0 if owner is None else owner._window.totals(owner._clock.now()).failures
+
+
+class _Tally:
+    """A count to which any thread may add without a lock: `next` on an `itertools.count` is one step.
+
+    Attributes:
+        add: adds one. It is also the token of the calls that may do so.
+    """
+
+    __slots__ = ("_reads", "add")
+
+    def __init__(self) -> None:
+        self.add: Callable[[], int] = itertools.count().__next__
+        self._reads = 0
+
+    def total(self) -> int:
+        """How often `add` was called. For one reader at a time: to read takes a number as well."""
+        total = self.add() - self._reads
+        self._reads += 1
+        return total
+
+
+_Token = Callable[[], int]
+
+
+class _Gate:
+    """What a call reads of its breaker without the lock.
+
+    Attributes:
+        free: the token of calls that go through unasked, else `None`.
+        until: up to this time calls are rejected unasked.
+    """
+
+    __slots__ = ("free", "until")
+
+    def __init__(self) -> None:
+        self.free: _Token | None = None
+        self.until = _NEVER
+
+
+# The token of a call whose result says nothing: the breaker is disabled, or would have rejected it.
+_UNJUDGED: Final[_Token] = itertools.count().__next__
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BreakerSnapshot:
+    """What a circuit breaker knows at one moment. Rates are 0 where the window is empty."""
+
+    name: str
+    state: CircuitState
+    calls: int
+    failures: int
+    slow: int
+    retry_after: float | None
+    shadow: bool
+
+    @property
+    def failure_rate(self) -> float:
+        return self.failures / self.calls if self.calls else 0.0
+
+    @property
+    def slow_rate(self) -> float:
+        return self.slow / self.calls if self.calls else 0.0
 
 
 _breakers: weakref.WeakSet[CircuitBreaker] = weakref.WeakSet()
@@ -99,20 +196,35 @@ class CircuitBreaker:
     """Reject calls to something that fails too often, for `open_for` seconds; then let `probes` calls decide.
 
     Threads and event loops may share one. A cancelled call counts as nothing, and a cancelled probe gives its place
-    back. Results of calls that began in an earlier period are dropped.
+    back. Results of calls that began in an earlier period are dropped. It guards coroutine functions, plain functions
+    and async generators (judged at their end) as a decorator, and a block of code by `calling()`.
 
     Args:
         name: what it guards, for events, metrics and errors.
         failure_rate: opens when this share of the calls in the window failed, above 0 up to 1.
         min_calls: judges only once the window holds so many calls.
-        window: how many calls the window holds.
+        window: how many calls the window holds; 20 where neither this nor `window_for` is given.
+        window_for: seconds that the window reaches back, instead of a number of calls.
+        slow_after: a call that takes so many seconds is slow, whatever it returns; `None` for no such rule.
+        slow_rate: opens when this share of the calls in the window was slow, above 0 up to 1.
         open_for: seconds from opening until the first probe.
-        probes: so many probes run at once in half-open, and so many must succeed to close.
+        open_backoff: each time that the probes fail, it stays open so many times as long as before. 1 for always the
+            same.
+        open_at_most: the longest that it stays open, by `open_backoff` or by `Retry-After`; 300 s, or `open_for` if
+            that is more, where left out.
+        heed_retry_after: whether it stays open for as long as the failure that opens it asks for (`Retry-After`, or the
+            `retry_after` of an error), if that is more than `open_for`.
+        probes: so many probes must succeed to close it.
+        concurrent_probes: so many of them may run at once; all where left out.
         probe_for: seconds that probes may take. Where they have decided nothing by then (one hangs, or whoever made the
             call never ended it), the next caller finds the circuit open again. More than a good call takes.
+        half_open_by_timer: become half-open when the time is over, not only when somebody calls. Needs an event loop
+            that runs where the breaker opens; without one the next caller does it.
         failed: the rule for what is a failure: given the `Outcome`, `True`, `False`, or `None` for "counts as
             nothing". Where left out, the edge that made the call decides, and without one any `Exception` except
             refusals of policies further inside.
+        ignore: exception classes that count as nothing, before any rule is asked.
+        shadow: judge and report, but reject nothing: how a breaker is tried out. Can be changed at any time.
         listeners: pybreaker listeners, told of state changes after they have happened.
         clock: where the time comes from.
 
@@ -120,7 +232,7 @@ class CircuitBreaker:
         core: the `pybreaker.CircuitBreaker`. Opening or closing it by hand is honoured at the next call.
 
     Raises:
-        ConfigurationError: a value that cannot work.
+        ConfigurationError: a value that cannot work, or values that do not go together.
     """
 
     def __init__(
@@ -129,54 +241,117 @@ class CircuitBreaker:
         *,
         failure_rate: float = 0.5,
         min_calls: int = 10,
-        window: int = 20,
+        window: int | None = None,
+        window_for: float | None = None,
+        slow_after: float | None = None,
+        slow_rate: float = 1.0,
         open_for: float = 15.0,
+        open_backoff: float = 1.0,
+        open_at_most: float | None = None,
+        heed_retry_after: bool = True,
         probes: int = 1,
+        concurrent_probes: int | None = None,
         probe_for: float = 60.0,
+        half_open_by_timer: bool = False,
         failed: Callable[[Outcome], bool | None] | None = None,
+        ignore: type[Exception] | tuple[type[Exception], ...] = (),
+        shadow: bool = False,
         listeners: Iterable[pybreaker.CircuitBreakerListener] = (),
         clock: Clock = SYSTEM_CLOCK,
     ) -> None:
-        if not 0 < failure_rate <= 1:
-            raise ConfigurationError(f"failure_rate is a share of calls, above 0 up to 1, not {failure_rate}.")
-        if window < 1:
-            raise ConfigurationError(f"window is how many calls are judged, so 1 or above, not {window}.")
-        if not 1 <= min_calls <= window:
+        _check_share("failure_rate", failure_rate)
+        _check_share("slow_rate", slow_rate)
+        if window is not None and window_for is not None:
             raise ConfigurationError(
-                f"min_calls is how many calls of the window are needed, so 1 to {window}, not {min_calls}."
+                "window counts calls and window_for counts seconds: a breaker has one window.", "Give one of them."
             )
-        if not 0 < open_for < math.inf:
-            raise ConfigurationError(f"open_for is how long the breaker stays open, so above 0, not {open_for}.")
+        if window_for is None:
+            window = 20 if window is None else window
+            _check_whole("window", "how many calls are judged", window)
+            if not (isinstance(min_calls, int) and 1 <= min_calls <= window):
+                raise ConfigurationError(
+                    f"min_calls is how many calls of the window are needed, so 1 to {window}, not {min_calls}."
+                )
+        else:
+            _check_seconds("window_for", "how far back calls are judged", window_for)
+            _check_whole("min_calls", "how many calls of the window are needed", min_calls)
+        if slow_after is not None:
+            _check_seconds("slow_after", "what a slow call takes at least", slow_after)
+        elif slow_rate != 1.0:
+            raise ConfigurationError("slow_rate needs slow_after, which says what a slow call is.")
+        _check_seconds("open_for", "how long the breaker stays open", open_for)
+        if not 1 <= open_backoff < math.inf:
+            raise ConfigurationError(
+                f"open_backoff is how many times as long each further opening lasts, so 1 or above, not {open_backoff}."
+            )
+        if open_at_most is None:
+            open_at_most = max(_OPEN_AT_MOST, open_for)
+        elif not open_for <= open_at_most < math.inf:
+            raise ConfigurationError(
+                f"open_at_most bounds open_for ({open_for} s), so it is not below that, and {open_at_most} is."
+            )
+        _check_whole("probes", "how many calls decide in half-open", probes)
+        if concurrent_probes is None:
+            concurrent_probes = probes
+        elif not (isinstance(concurrent_probes, int) and 1 <= concurrent_probes <= probes):
+            raise ConfigurationError(
+                f"concurrent_probes is how many of the probes run at once, so 1 to {probes}, not {concurrent_probes}."
+            )
         if not probe_for > 0:
             raise ConfigurationError(f"probe_for is how long probes may take, so above 0, not {probe_for}.")
-        if not probes >= 1:
-            raise ConfigurationError(f"probes is how many calls decide in half-open, so 1 or above, not {probes}.")
+        ignored = ignore if isinstance(ignore, tuple) else (ignore,)
+        for wanted in ignored:
+            if not (isinstance(wanted, type) and issubclass(wanted, Exception)):
+                raise ConfigurationError(
+                    f"ignore lists exception classes, and {wanted!r} is none.",
+                    "Cancellation and exits (BaseException) count as nothing anyway.",
+                )
+        if failed is not None and not callable(failed):
+            raise ConfigurationError(f"failed is a function of the outcome, not {failed!r}.")
         self.name = name
         self.failure_rate = failure_rate
         self.min_calls = min_calls
+        self.slow_after = slow_after
+        self.slow_rate = slow_rate
         self.open_for = open_for
+        self.open_backoff = open_backoff
+        self.open_at_most = open_at_most
+        self.heed_retry_after = heed_retry_after
         self.probes = probes
+        self.concurrent_probes = concurrent_probes
         self.probe_for = probe_for
+        self.half_open_by_timer = half_open_by_timer
+        self._window_size = window
+        self._window_for = window_for
         self._failed = failed
+        self._ignored = ignored
+        self._shadow = shadow
         self._listeners = tuple(listeners)
         self._clock = clock
         # Re-entrant, because what runs under it may come back: a listener that was added to `core` itself, a signal
         # handler, a destructor that the collector calls.
         self._lock = threading.RLock()
-        self._window: deque[bool] = deque(maxlen=window)
-        self._failures = 0
+        self._window: Window = TimeWindow(window_for) if window_for is not None else CountWindow(cast("int", window))
         self._state: CircuitState = "closed"
+        self._mode: Literal["isolated", "disabled"] | None = None
         self._core_state = pybreaker.STATE_CLOSED
-        self._period = 0
-        # The period while calls go through unasked (closed, not isolated), else `None`: the one thing that is read
-        # without the lock. It is written under the lock, and set to `None` by the tap as well.
-        self._free: int | None = 0
-        self._opened_at = 0.0
+        # Successes that need no look at the clock are tallied without the lock, and folded into the window before
+        # anything else is added to it. Each period has a tally of its own, so a result of an earlier one goes nowhere.
+        self._tallied = window_for is None and slow_after is None and failed is None
+        self._period = _Tally()
+        self._folded = 0
+        self._refusals = _Tally()
+        self._counts = {"success": 0, "failure": 0, "ignored": 0, "rejected": 0, "shadowed": 0}
+        self._opens_at = 0.0
+        self._length = open_for
+        self._rounds = 0
         self._probed_at = 0.0
-        self._forced = False
         self._probing = 0
         self._passed = 0
-        self._counts = {"success": 0, "failure": 0, "ignored": 0, "rejected": 0}
+        self._timer: Timer | None = None
+        # Written under the lock, and taken away by the tap. An object of its own, because attributes of one that has
+        # few are found fastest.
+        self._gate = _Gate()
         self.core = pybreaker.CircuitBreaker(
             name=name,
             reset_timeout=open_for,
@@ -184,6 +359,7 @@ class CircuitBreaker:
             state_storage=_Storage(self),
             listeners=[_Tap(self)],
         )
+        self._publish()
         with _breakers_lock:
             _breakers.add(self)
 
@@ -194,11 +370,12 @@ class CircuitBreaker:
 
     @property
     def state(self) -> CircuitState:
-        """closed, open, half_open or isolated."""
+        """closed, open, half_open, isolated or disabled. Open, with its time over, is half-open: the next call is a
+        probe."""
         events: list[Event] = []
         with self._lock:
             self._follow(events)
-            state: CircuitState = "isolated" if self._forced else self._state
+            state = self._seen()
         self._tell(events)
         return state
 
@@ -206,194 +383,444 @@ class CircuitBreaker:
     def retry_after(self) -> float | None:
         """Seconds until a probe is let through; 0 where calls are let through; `None` where nobody can say (isolated,
         or probes under way)."""
-        with self._lock:
-            return self._wait()
-
-    @property
-    def counts(self) -> dict[str, int]:
-        """Calls since the breaker was made, by result: success, failure, ignored, rejected."""
-        with self._lock:
-            return dict(self._counts)
-
-    def describe(self) -> dict[str, object]:
-        return {"kind": "circuit_breaker", "name": self.name, "open_for": self.open_for}
-
-    # -- by hand ------------------------------------------------------------------------------------------------------
-
-    def force_open(self) -> None:
-        """Isolate: reject every call until `reset`."""
         events: list[Event] = []
         with self._lock:
             self._follow(events)
-            if not self._forced:
-                self._forced = True
-                self._free = None
-                self._period += 1
-                events.append(CircuitChanged(source=self.name, old=self._state, new="isolated"))
+            wait = self._wait()
         self._tell(events)
+        return wait
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """Calls since the breaker was made, by result: success, failure, ignored, rejected; and shadowed: let through
+        in shadow mode where they would have been rejected."""
+        with self._lock:
+            self._fold()
+            return {**self._counts, "rejected": self._counts["rejected"] + self._refusals.total()}
+
+    @property
+    def shadow(self) -> bool:
+        """Whether it judges and reports, but rejects nothing."""
+        return self._shadow
+
+    @shadow.setter
+    def shadow(self, on: bool) -> None:
+        with self._lock:
+            self._shadow = on
+            self._publish()
+
+    def snapshot(self) -> BreakerSnapshot:
+        """State and window at one moment."""
+        events: list[Event] = []
+        with self._lock:
+            self._follow(events)
+            totals = self._totals()
+            snapshot = BreakerSnapshot(
+                name=self.name,
+                state=self._seen(),
+                calls=totals.calls,
+                failures=totals.failures,
+                slow=totals.slow,
+                retry_after=self._wait(),
+                shadow=self._shadow,
+            )
+        self._tell(events)
+        return snapshot
+
+    def describe(self) -> dict[str, object]:
+        return {
+            "kind": "circuit_breaker",
+            "name": self.name,
+            "failure_rate": self.failure_rate,
+            "min_calls": self.min_calls,
+            "window": self._window_size,
+            "window_for": self._window_for,
+            "slow_after": self.slow_after,
+            "slow_rate": None if self.slow_after is None else self.slow_rate,
+            "open_for": self.open_for,
+            "open_backoff": self.open_backoff,
+            "open_at_most": self.open_at_most,
+            "probes": self.probes,
+            "concurrent_probes": self.concurrent_probes,
+            "probe_for": self.probe_for,
+            "shadow": self._shadow,
+        }
+
+    # -- by hand ------------------------------------------------------------------------------------------------------
+
+    def force_open(self, seconds: float | None = None) -> None:
+        """Reject calls from now on for `seconds` (`open_for` where left out), then probe as usual.
+
+        Raises:
+            ConfigurationError: `seconds` is no length of time.
+        """
+        length = self.open_for if seconds is None else seconds
+        _check_seconds("seconds", "how long calls are rejected", length)
+        events: list[Event] = []
+        with self._lock:
+            self._leave_mode(events)
+            self._fold()
+            self._length = length
+            self._rounds = 0
+            if self._state == "open":
+                self._opens_at = self._clock.now() + length
+                self._publish()
+                self._arm()
+            else:
+                self._go("open", events)
+        self._tell(events)
+
+    def isolate(self) -> None:
+        """Reject every call until `reset`."""
+        self._enter_mode("isolated")
+
+    def disable(self) -> None:
+        """Let every call through, and judge none, until `reset`."""
+        self._enter_mode("disabled")
 
     def reset(self) -> None:
         """Close, with an empty window, whatever the state is."""
         events: list[Event] = []
         with self._lock:
-            self._follow(events)
-            if self._forced:
-                self._forced = False
-                events.append(CircuitChanged(source=self.name, old="isolated", new=self._state))
+            self._leave_mode(events)
             if self._state != "closed":
                 self._go("closed", events)
             else:
                 # What is under way began before whatever the reset is for.
-                self._period += 1
+                self._renew()
                 self._window.clear()
-                self._failures = 0
-                self._set_free()
+                self._publish()
         self._tell(events)
 
-    # -- as a policy --------------------------------------------------------------------------------------------------
-
-    async def run(self, call: Call, call_next: Next[T]) -> T:
-        period = self._free
-        if period is None:
-            period = self._acquire()
-        scope = current_scope()
-        call.on_end(lambda outcome: self._record(period, call, scope, outcome))
-        return await call_next(call)
-
-    def run_sync(self, call: Call, call_next: NextSync[T]) -> T:
-        period = self._free
-        if period is None:
-            period = self._acquire()
-        scope = current_scope()
-        call.on_end(lambda outcome: self._record(period, call, scope, outcome))
-        return call_next(call)
-
-    def __call__(self, fn: Callable[P, R]) -> Callable[P, R]:
-        """Guard a function, plain or async."""
-        return Pipeline(self.name, self)(fn)
-
-    # -- the state machine: everything below runs under the lock, awaits nothing and calls nobody's code but pybreaker's
-    #    public transitions; what happened is told after the lock is released -----------------------------------------
-
-    def _acquire(self) -> int:
-        """Let a call through and return the period it belongs to, or raise."""
+    def _enter_mode(self, mode: Literal["isolated", "disabled"]) -> None:
         events: list[Event] = []
-        refused: CircuitState | None = None
-        retry_after: float | None = None
         with self._lock:
             self._follow(events)
-            now = self._clock.now()
-            if not self._forced and self._state == "open" and now - self._opened_at >= self.open_for:
-                self._go("half_open", events)
-            elif (
-                self._state == "half_open"
-                and self._probing + self._passed >= self.probes
-                and now - self._probed_at >= self.probe_for
-            ):
-                self._go("open", events)
-            if self._forced:
-                refused = "isolated"
-            elif self._state == "open" or (self._state == "half_open" and self._probing + self._passed >= self.probes):
-                refused, retry_after = self._state, self._wait()
-            elif self._state == "half_open":
-                self._probing += 1
-                self._probed_at = now
-            if refused is not None:
-                self._counts["rejected"] += 1
-            elif self._free is None:
-                # Somebody may have opened and closed `core` by hand since, with nobody looking.
-                self._set_free()
-            period = self._period
-        if events:
-            self._tell(events)
-        if refused is None:
-            return period
-        if heard(CircuitRejected):
-            emit(CircuitRejected(source=self.name, retry_after=retry_after))
-        span = tracer().current()
-        if span.recording:
-            span.event(
-                "meshkit.circuit_breaker.rejected",
-                {"meshkit.circuit_breaker.name": self.name, "meshkit.circuit_breaker.state": refused},
-            )
-        raise CircuitOpenError(policy=self.name, retry_after=retry_after, state=refused)
+            if self._mode != mode:
+                events.append(CircuitChanged(source=self.name, old=self._mode or self._state, new=mode))
+                self._mode = mode
+                self._renew()
+                self._publish()
+        self._tell(events)
 
-    def _record(self, period: int, call: Call, scope: Scope | None, outcome: Outcome) -> None:
+    def _leave_mode(self, events: list[Event]) -> None:
+        self._follow(events)
+        if self._mode is not None:
+            events.append(CircuitChanged(source=self.name, old=self._mode, new=self._state))
+            self._mode = None
+
+    # -- around a call ------------------------------------------------------------------------------------------------
+
+    async def run(self, call: Call, call_next: Next[T]) -> T:
+        token = self._gate.free
+        if token is None:
+            token = self._acquire()
+        if call.late:
+            self._record_at_end(token, call)
+            return await call_next(call)
+        started = self._started()
         try:
-            failed = self._judged(call, outcome)
+            result = await call_next(call)
+        except Exception as error:
+            self._record(token, Outcome(error=error), call.judge, started)
+            raise
+        except BaseException:
+            # Cancelled: by the caller, or by a timeout further out, which the end of the call will tell.
+            self._record_at_end(token, call)
+            raise
+        if self._gate.free is token and call.judge is None:
+            token()
+        else:
+            self._record(token, Outcome(result), call.judge, started)
+        return result
+
+    def run_sync(self, call: Call, call_next: NextSync[T]) -> T:
+        token = self._gate.free
+        if token is None:
+            token = self._acquire()
+        if call.late:
+            self._record_at_end(token, call)
+            return call_next(call)
+        started = self._started()
+        try:
+            result = call_next(call)
+        except Exception as error:
+            self._record(token, Outcome(error=error), call.judge, started)
+            raise
+        except BaseException:
+            # Cancelled: by the caller, or by a timeout further out, which the end of the call will tell.
+            self._record_at_end(token, call)
+            raise
+        if self._gate.free is token and call.judge is None:
+            token()
+        else:
+            self._record(token, Outcome(result), call.judge, started)
+        return result
+
+    def __call__(self, fn: Callable[P, R]) -> Callable[P, R]:
+        """Guard a function, plain or async, or an async generator function."""
+        return Pipeline(self.name, self)(fn)
+
+    def calling(self) -> Calling:
+        """Guard a block: `async with breaker.calling():`, or `with` in plain code.
+
+        Raises:
+            CircuitOpenError: on entering, where the call is not to be made.
+        """
+        return Calling(self)
+
+    # Alone around a function it needs no Call. This is the path of every call of a service that is well, so nothing
+    # stands here that only a failure would need.
+
+    def around(self, name: str, fn: Callable[..., Awaitable[R]]) -> Callable[..., Coroutine[Any, Any, R]]:
+        breaker, gate, now, refused = self, self._gate, self._clock.now, self._refusals.add
+
+        async def guarded(*args: Any, **kwargs: Any) -> R:
+            token = gate.free
+            if token is None:
+                left = gate.until - now()
+                if left > 0 and not CircuitRejected.heard and not TRACING.on:
+                    refused()
+                    raise _make_refusal(CircuitOpenError, breaker.name, left, "open")
+                token = breaker._acquire()
+                started = breaker._started()
+            else:
+                started = 0.0
+            try:
+                result = await fn(*args, **kwargs)
+            except BaseException as error:
+                breaker._record(token, Outcome(error=error), None, started)
+                raise
+            if gate.free is token:
+                token()
+            else:
+                breaker._record(token, Outcome(result), None, started)
+            return result
+
+        return guarded
+
+    def around_sync(self, name: str, fn: Callable[..., R]) -> Callable[..., R]:
+        breaker, gate, now, refused = self, self._gate, self._clock.now, self._refusals.add
+
+        def guarded(*args: Any, **kwargs: Any) -> R:
+            token = gate.free
+            if token is None:
+                left = gate.until - now()
+                if left > 0 and not CircuitRejected.heard and not TRACING.on:
+                    refused()
+                    raise _make_refusal(CircuitOpenError, breaker.name, left, "open")
+                token = breaker._acquire()
+                started = breaker._started()
+            else:
+                started = 0.0
+            try:
+                result = fn(*args, **kwargs)
+            except BaseException as error:
+                breaker._record(token, Outcome(error=error), None, started)
+                raise
+            if isinstance(result, Coroutine):
+                # It has not run at all, and whether it will fail nobody knows yet.
+                breaker._record(token, _NOTHING, None, started)
+                result.close()
+                raise ConfigurationError(
+                    f"the plain function that circuit breaker {breaker.name!r} guards has returned a coroutine.",
+                    "Make it `async def`, so that the breaker sees how it ends.",
+                )
+            if gate.free is token:
+                token()
+            else:
+                breaker._record(token, Outcome(result), None, started)
+            return result
+
+        return guarded
+
+    def _started(self) -> float:
+        return 0.0 if self.slow_after is None else self._clock.now()
+
+    def _record_at_end(self, token: _Token, call: Call) -> None:
+        scope, started, judge = current_scope(), self._started(), call.judge
+        call.on_end(lambda outcome: self._record(token, outcome, judge, started, scope))
+
+    def _record(
+        self, token: _Token, outcome: Outcome, judge: Judge | None, started: float, scope: Scope | None = None
+    ) -> None:
+        """Count what a call came to, and open or close if that is what it says."""
+        try:
+            failed, after = self._judged(outcome, judge)
         except Exception:
             # A rule that fails says nothing of the call; a probe's place is free again all the same.
-            failed = None
+            failed, after = None, None
             _log.exception(
                 "the rule of circuit %r for what is a failure has failed; the call counts as nothing", self.name
             )
-        if failed is False:
-            with self._lock:
-                if self._free == period:
-                    # What nearly every call comes to: a success in the period that goes on.
-                    self._counts["success"] += 1
-                    self._add(False)
-                    return
+        if failed is False and self._gate.free is token:
+            token()
+            return
         events: list[Event] = []
         opened: float | None = None
         with self._lock:
+            self._follow(events)
             self._counts["ignored" if failed is None else "failure" if failed else "success"] += 1
-            if _STATES[self._core_state] != self._state:
-                self._follow(events)
-            if period == self._period:
+            if token is self._period.add and self._mode is None:
+                now = self._clock.now()
+                slow = failed is not None and self.slow_after is not None and now - started >= self.slow_after
                 if self._state == "half_open":
                     self._probing -= 1
-                    if failed is True:
-                        self._go("open", events)
+                    if failed or slow:
+                        self._reopen(after, events)
                     elif failed is False:
                         self._passed += 1
                         if self._passed >= self.probes:
                             self._go("closed", events)
                 elif self._state == "closed" and failed is not None:
-                    self._add(failed)
-                    seen = len(self._window)
-                    if failed and seen >= self.min_calls and self._failures / seen >= self.failure_rate:
+                    self._fold()
+                    self._window.add(now, failed=failed, slow=slow)
+                    if (failed or slow) and self._too_many(self._window.totals(now)):
+                        self._length = self._lasting(after)
                         self._go("open", events)
-            if failed and self._state == "open":
+            if failed and self._state == "open" and self._mode is None and not self._shadow:
                 opened = self._wait()
-        if opened is not None and scope is not None:
+        if opened is not None:
             # Whoever handles this request is to know that what failed here has been shut off, be it by this failure or
             # by one of the same time.
-            scope.note_opened(opened)
+            scope = current_scope() if scope is None else scope
+            if scope is not None:
+                scope.note_opened(opened)
         if events:
             self._tell(events)
 
-    def _judged(self, call: Call, outcome: Outcome) -> bool | None:
+    def _judged(self, outcome: Outcome, judge: Judge | None) -> tuple[bool | None, float | None]:
+        """Whether it failed, and how long whoever answered asks to be left alone."""
         error = outcome.error
-        if error is None and self._failed is None and call.judge is None:
-            return False
-        if error is not None and not isinstance(error, Exception):
-            return None
+        if error is not None and (not isinstance(error, Exception) or isinstance(error, self._ignored)):
+            return None, None
+        if outcome is _NOTHING:
+            return None, None
+        after = getattr(error, "retry_after", None)
         if self._failed is not None:
             said = self._failed(outcome)
-            return None if said is None else bool(said)
-        if isinstance(error, RejectedError | ConfigurationError):
-            return None
-        if call.judge is not None:
-            judged = call.judge(outcome).breaker
-            return None if judged == "neutral" else judged == "failure"
-        return error is not None
+            failed = None if said is None else bool(said)
+            if failed and judge is not None and after is None:
+                after = judge(outcome).retry_after
+        elif isinstance(error, RejectedError | ConfigurationError):
+            return None, None
+        elif isinstance(error, DeadlineExceededError) and error.seconds == 0:
+            # There was no time left to begin with.
+            return None, None
+        elif judge is not None:
+            judgement = judge(outcome)
+            failed = None if judgement.breaker == "neutral" else judgement.breaker == "failure"
+            after = judgement.retry_after
+        else:
+            failed = error is not None
+        return failed, after if isinstance(after, int | float) and 0 < after < math.inf else None
 
-    def _add(self, failed: bool) -> None:
-        window = self._window
-        if len(window) == window.maxlen:
-            self._failures -= window[0]
-        window.append(failed)
-        self._failures += failed
+    def _acquire(self) -> _Token:
+        """Let a call through and return the token that its result is recorded with, or raise."""
+        events: list[Event] = []
+        with self._lock:
+            self._follow(events)
+            token, refused, retry_after = self._admitted(events)
+            if refused is not None:
+                self._counts["shadowed" if self._shadow else "rejected"] += 1
+            elif self._gate.free is None:
+                # Somebody may have opened and closed `core` by hand since, with nobody looking.
+                self._publish()
+        if events:
+            self._tell(events)
+        if refused is None:
+            return token
+        if CircuitRejected.heard:
+            emit(CircuitRejected(source=self.name, retry_after=retry_after, shadow=self._shadow))
+        if TRACING.on:
+            span = tracer().current()
+            if span.recording:
+                span.event(
+                    "meshkit.circuit_breaker.rejected",
+                    {
+                        "meshkit.circuit_breaker.name": self.name,
+                        "meshkit.circuit_breaker.state": refused,
+                        "meshkit.circuit_breaker.shadow": self._shadow,
+                    },
+                )
+        if self._shadow:
+            return _UNJUDGED
+        raise CircuitOpenError(policy=self.name, retry_after=retry_after, state=refused)
+
+    # -- the state machine: everything below runs under the lock, awaits nothing and calls nobody's code but pybreaker's
+    #    public transitions; what happened is told after the lock is released -----------------------------------------
+
+    def _admitted(self, events: list[Event]) -> tuple[_Token, CircuitState | None, float | None]:
+        """The token of a call; or the state that refuses it, and for how long."""
+        if self._mode is not None:
+            return _UNJUDGED, "isolated" if self._mode == "isolated" else None, None
+        now = self._clock.now()
+        if self._state == "open" and now >= self._opens_at:
+            self._go("half_open", events)
+        elif self._state == "half_open" and not self._has_place() and now - self._probed_at >= self.probe_for:
+            self._reopen(None, events)
+        if self._state == "open" or (self._state == "half_open" and not self._has_place()):
+            return _UNJUDGED, self._state, self._wait()
+        if self._state == "half_open":
+            self._probing += 1
+            self._probed_at = now
+        return self._period.add, None, None
+
+    def _has_place(self) -> bool:
+        return self._probing < self.concurrent_probes and self._probing + self._passed < self.probes
+
+    def _seen(self) -> CircuitState:
+        if self._mode is not None:
+            return self._mode
+        if self._state == "open" and self._clock.now() >= self._opens_at:
+            return "half_open"
+        return self._state
 
     def _wait(self) -> float | None:
-        if self._forced:
-            return None
+        if self._mode is not None:
+            return None if self._mode == "isolated" else 0.0
         if self._state == "closed":
             return 0.0
         if self._state == "half_open":
-            return None if self._probing + self._passed >= self.probes else 0.0
-        return max(0.0, self._opened_at + self.open_for - self._clock.now())
+            return 0.0 if self._has_place() else None
+        return max(0.0, self._opens_at - self._clock.now())
+
+    def _too_many(self, totals: Totals) -> bool:
+        if totals.calls < self.min_calls:
+            return False
+        return totals.failures / totals.calls >= self.failure_rate or (
+            self.slow_after is not None and totals.slow / totals.calls >= self.slow_rate
+        )
+
+    def _totals(self) -> Totals:
+        self._fold()
+        return self._window.totals(self._clock.now())
+
+    def _fold(self) -> None:
+        """Add to the window what was tallied since the last time."""
+        total = self._period.total()
+        new, self._folded = total - self._folded, total
+        if new:
+            self._counts["success"] += new
+            self._window.add_successes(self._clock.now(), new)
+
+    def _renew(self) -> None:
+        """Begin another period: what is under way now counts no more."""
+        self._fold()
+        self._period = _Tally()
+        self._folded = 0
+        self._probing = self._passed = 0
+
+    def _lasting(self, after: float | None) -> float:
+        length = min(self.open_for * self.open_backoff ** min(self._rounds, _MOST_ROUNDS), self.open_at_most)
+        if after is not None and self.heed_retry_after:
+            length = max(length, min(after, self.open_at_most))
+        return length
+
+    def _reopen(self, after: float | None, events: list[Event]) -> None:
+        self._rounds += 1
+        self._length = self._lasting(after)
+        self._go("open", events)
 
     def _follow(self, events: list[Event]) -> None:
         """Take over what somebody did to the pybreaker object by hand."""
@@ -417,53 +844,125 @@ class CircuitBreaker:
 
     def _entered(self, state: CircuitState, events: list[Event]) -> None:
         old, self._state = self._state, state
-        self._period += 1
-        self._probing = self._passed = 0
-        rate = self._failures / len(self._window) if self._window else None
+        self._renew()
+        totals = self._totals()
+        length: float | None = None
         if state == "open":
-            self._opened_at = self._clock.now()
+            length = self._length
+            self._opens_at = self._clock.now() + length
+            self._arm()
         elif state == "closed":
             self._window.clear()
-            self._failures = 0
-        self._set_free()
+            self._rounds = 0
+        if state != "open":
+            # For whoever opens `core` by hand.
+            self._length = self.open_for
+        self._publish()
         events.append(
             CircuitChanged(
                 source=self.name,
                 old=old,
                 new=state,
-                retry_after=self.open_for if state == "open" else None,
-                failure_rate=rate if old == "closed" else None,
+                retry_after=length,
+                failure_rate=totals.failures / totals.calls if old == "closed" and totals.calls else None,
             )
         )
 
-    def _set_free(self) -> None:
-        self._free = self._period if self._state == "closed" and not self._forced else None
+    def _arm(self) -> None:
+        """Have the loop that runs here, if one does, make it half-open in time."""
+        if not self.half_open_by_timer:
+            return
+        if self._timer is not None:
+            self._timer.cancel()
+        myself = weakref.ref(self)
+
+        def due() -> None:
+            breaker = myself()
+            if breaker is not None:
+                breaker._half_open_if_due()
+
+        try:
+            self._timer = self._clock.call_at(self._opens_at, due)
+        except RuntimeError:
+            # No loop runs in this thread.
+            self._timer = None
+
+    def _half_open_if_due(self) -> None:
+        events: list[Event] = []
+        with self._lock:
+            self._follow(events)
+            if self._mode is None and self._state == "open" and self._clock.now() >= self._opens_at:
+                self._go("half_open", events)
+        self._tell(events)
+
+    def _publish(self) -> None:
+        """Say what calls may do without asking."""
+        unasked = self._mode is None and self._state == "closed" and self._tallied
+        self._gate.free = self._period.add if unasked else None
+        self._gate.until = (
+            self._opens_at if self._mode is None and self._state == "open" and not self._shadow else _NEVER
+        )
         # The tap runs outside of our lock where somebody moves `core` by hand. It notes the state first and then takes
-        # the permission away: either we see the state here, or it takes away what we have just given.
-        if self._core_state != pybreaker.STATE_CLOSED:
-            self._free = None
+        # both away: either we see the state here, or it takes away what we have just given.
+        if _STATES[self._core_state] != self._state:
+            self._gate.free = None
+            self._gate.until = _NEVER
 
     def _tell(self, events: list[Event]) -> None:
         for event in events:
             emit(event)
             if not isinstance(event, CircuitChanged):
                 continue
-            span = tracer().current()
-            if span.recording:
-                span.event(
-                    "meshkit.circuit_breaker.state_change",
-                    {
-                        "meshkit.circuit_breaker.name": self.name,
-                        "meshkit.circuit_breaker.from": event.old,
-                        "meshkit.circuit_breaker.to": event.new,
-                    },
-                )
+            if TRACING.on:
+                span = tracer().current()
+                if span.recording:
+                    span.event(
+                        "meshkit.circuit_breaker.state_change",
+                        {
+                            "meshkit.circuit_breaker.name": self.name,
+                            "meshkit.circuit_breaker.from": event.old,
+                            "meshkit.circuit_breaker.to": event.new,
+                        },
+                    )
             for listener in self._listeners:
                 try:
                     # pybreaker hands over state objects, whose `name` listeners read.
                     listener.state_change(self.core, cast("Any", _Named(event.old)), cast("Any", _Named(event.new)))
                 except Exception:
                     _log.warning("a pybreaker listener of %r failed; the call goes on", self.name, exc_info=True)
+
+
+class Calling:
+    """A block that counts as one call of a circuit breaker: what `CircuitBreaker.calling` gives, for one `with` each."""
+
+    __slots__ = ("_breaker", "_started", "_token")
+
+    def __init__(self, breaker: CircuitBreaker) -> None:
+        self._breaker = breaker
+        self._token: _Token | None = None
+        self._started = 0.0
+
+    def __enter__(self) -> Self:
+        if self._token is not None:
+            raise RuntimeError("calling() is for one block; ask the breaker for another one")
+        breaker = self._breaker
+        self._token = breaker._gate.free or breaker._acquire()
+        self._started = breaker._started()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        assert self._token is not None
+        self._breaker._record(self._token, Outcome(error=error), None, self._started)
+
+    async def __aenter__(self) -> Self:
+        return self.__enter__()
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.__exit__(kind, error, traceback)
 
 
 class _Named:
@@ -473,3 +972,22 @@ class _Named:
 
     def __init__(self, state: CircuitState) -> None:
         self.name = state.replace("_", "-")
+
+
+# What nobody can say anything of.
+_NOTHING: Final = Outcome()
+
+
+def _check_share(name: str, value: float) -> None:
+    if not 0 < value <= 1:
+        raise ConfigurationError(f"{name} is a share of calls, above 0 up to 1, not {value}.")
+
+
+def _check_seconds(name: str, what: str, value: float) -> None:
+    if not 0 < value < math.inf:
+        raise ConfigurationError(f"{name} is {what}, in seconds above 0, not {value}.")
+
+
+def _check_whole(name: str, what: str, value: int) -> None:
+    if not (isinstance(value, int) and value >= 1):
+        raise ConfigurationError(f"{name} is {what}, so a whole number from 1 on, not {value}.")

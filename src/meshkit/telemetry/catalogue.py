@@ -89,7 +89,7 @@ DEAD_LETTER_REASONS = (
     "expired",
     "rejected_by_handler",
 )
-BREAKER_STATES = ("closed", "open", "half_open", "isolated")
+BREAKER_STATES = ("closed", "open", "half_open", "isolated", "disabled")
 CALL_OUTCOMES = ("success", "error", "fallback", "rejected", "cancelled")
 PUBLISH_OUTCOMES = ("confirmed", "returned", "nacked", "timeout", "error")
 MESSAGE_OUTCOMES = ("ack", "retry", "dead_letter", "requeue", "discard")
@@ -179,7 +179,7 @@ METRICS: tuple[Metric, ...] = (
             Label(
                 name="result",
                 help="`ignored` counted neither way, `rejected` was never started",
-                values=("success", "failure", "ignored", "rejected"),
+                values=("success", "failure", "ignored", "rejected", "shadowed"),
             ),
         ),
     ),

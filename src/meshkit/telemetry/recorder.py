@@ -48,7 +48,7 @@ _GENERATED_NAME: Final = re.compile(
     r"amq[._]gen|amq_[0-9a-f]{16}|[0-9a-f]{32}|[0-9a-f]{8}-(?:[0-9a-f]{4}-){3}[0-9a-f]{12}"
 )
 # Breakers of one name show the state that rejects most.
-_SEVERITY: Final[tuple[CircuitState, ...]] = ("closed", "half_open", "open", "isolated")
+_SEVERITY: Final[tuple[CircuitState, ...]] = ("disabled", "closed", "half_open", "open", "isolated")
 # So often, at the most, the breakers' figures are written where other processes read them.
 _REFRESH_EVERY: Final = 1.0
 
@@ -271,7 +271,7 @@ class Recorder:
         # its event comes back to us.
         for breaker in breakers():
             name = self._states.fold(0, breaker.name)
-            states[name] = _SEVERITY[max(map(_SEVERITY.index, (states.get(name, "closed"), breaker.state)))]
+            states[name] = _SEVERITY[max(map(_SEVERITY.index, (states.get(name, "disabled"), breaker.state)))]
             counts.append((breaker, breaker.counts))
         with self._refreshing:
             for breaker, now in counts:
