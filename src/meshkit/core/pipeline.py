@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Awaitable, Callable
-from typing import Any, ParamSpec, TypeVar, cast
+from collections.abc import Awaitable, Callable, Iterator, Mapping
+from types import MappingProxyType
+from typing import Any, Final, ParamSpec, TypeVar, cast
 
 from meshkit.core.call import (
     ATTEMPT,
@@ -18,6 +19,7 @@ from meshkit.core.call import (
     SyncPolicy,
     numbered,
 )
+from meshkit.core.explain import Explanation, Rule, checked_allow, explain, warn
 from meshkit.core.scope import Scope, close_scope, current_scope, open_scope
 from meshkit.core.stream import Stream
 from meshkit.errors import ConfigurationError
@@ -25,6 +27,9 @@ from meshkit.errors import ConfigurationError
 T = TypeVar("T")
 R = TypeVar("R")
 P = ParamSpec("P")
+_NOTHING: Final[Mapping[str, str]] = MappingProxyType({})
+# Kinds of which one object can be in a pipeline once.
+_ONCE: Final = frozenset({"circuit_breaker", "bulkhead"})
 
 
 def _last(call: Call) -> Awaitable[Any]:
@@ -58,14 +63,17 @@ class Pipeline:
     Args:
         name: what is called, for events, metrics and errors.
         policies: outermost first.
+        allow: findings of `explain()` that are wanted here, each with the reason why. All others are logged as a
+            warning when the pipeline is made.
 
     Raises:
-        ConfigurationError: something given is no policy.
+        ConfigurationError: something given is no policy, one that holds state is in it twice, or `allow` names no
+            finding.
     """
 
-    __slots__ = ("__weakref__", "_lead", "name", "policies")
+    __slots__ = ("__weakref__", "_lead", "allow", "name", "policies")
 
-    def __init__(self, name: str, *policies: Policy) -> None:
+    def __init__(self, name: str, *policies: Policy, allow: Mapping[str, str] = _NOTHING) -> None:
         if not isinstance(cast("object", name), str):
             raise ConfigurationError(f"a pipeline begins with the name of what it calls, and {name!r} is none.")
         for policy in policies:
@@ -77,6 +85,16 @@ class Pipeline:
                 )
         self.name = name
         self.policies = policies
+        self.allow = checked_allow(allow)
+        flat = list(self._flat())
+        for index, policy in enumerate(flat):
+            # A call would be let through by the breaker's only probe and then refused for it; it would wait in the
+            # bulkhead for the place that it holds.
+            if any(policy is other for other in flat[:index]) and policy.describe().get("kind") in _ONCE:
+                raise ConfigurationError(
+                    f"{policy!r} is in pipeline {name!r} twice, and would wait for itself.", "Leave one of them out."
+                )
+        warn(self.explain())
         # What a function is led through is put together once, from the inside out.
         self._lead: Next[Any] = self._linked(_last)
 
@@ -97,7 +115,29 @@ class Pipeline:
         return step(call)
 
     def describe(self) -> dict[str, object]:
-        return {"kind": "pipeline", "name": self.name, "policies": [policy.describe() for policy in self.policies]}
+        return {
+            "kind": "pipeline",
+            "name": self.name,
+            "policies": [policy.describe() for policy in self.policies],
+            **({"allow": self.allow} if self.allow else {}),
+        }
+
+    def explain(self, *rules: Rule) -> Explanation:
+        """Order, settings, the most attempts and the longest time of one call, and what works against itself.
+
+        `print` what it returns, or take its `as_dict()`.
+
+        Args:
+            rules: further rules, of an edge that knows its protocol (core/explain.py).
+        """
+        return explain(self.describe(), *rules)
+
+    def _flat(self) -> Iterator[Policy]:
+        for policy in self.policies:
+            if isinstance(policy, Pipeline):
+                yield from policy._flat()
+            else:
+                yield policy
 
     def _linked(self, call_next: Next[T]) -> Next[T]:
         step = call_next
