@@ -13,12 +13,21 @@ The first is for a new client, the second for one that exists. What is tried aga
 | read or write error or timeout after that, broken body       | idempotent, while nothing has been handed out   | failure |
 | 408, 502, 503, 504                                           | idempotent; 503 with `Retry-After` any method   | failure |
 | 429                                                          | any method, after `Retry-After`                 | neutral |
-| any answer of these with `meshkit-retry`                     | no: retries below are used up                   | neutral |
+| any of these, and any 5xx, with `meshkit-retry`              | no: retries below are used up                   | neutral |
 | 500 and other 5xx                                            | no                                              | failure |
 | other answers                                                | no                                              | success |
 
 Idempotent: GET, HEAD, OPTIONS, PUT, DELETE, TRACE, and anything with an `Idempotency-Key`. A body that can be read only
 once is never sent twice.
+
+What travels with a call, so that services together retry no more than one of them would:
+
+* `meshkit-timeout-ms`: for how long anybody waits for this attempt. Who serves it gives up when the caller does.
+* `meshkit-attempt`: which try this is, from 1.
+* `meshkit-retry` on an error that comes back: whoever answered has tried again enough (`exhausted`), or something below
+  is shut off (`rejected`). There is no further attempt here, and the request that is being served learns it, so that
+  its own answer says the same to its caller.
+* `meshkit-degraded` on an answer: a fallback has had a part in it. Shown on the span, and passed on to the caller.
 """
 
 from __future__ import annotations
@@ -87,8 +96,16 @@ SENSITIVE_PARAMETERS: Final = frozenset(
 
 STANDARD_RETRY: Final = Retry()
 _SUCCESS: Final = Judgement()
+# Without an attempt timeout, the innermost timeout is the total one; the deadline of the call is around all of it.
+_ALLOWED: Final = {"total-inside-retry": "the transport bounds the whole call from outside"}
 _REDIRECTS: Final = frozenset({301, 302, 303, 307, 308})
 _CHALLENGES: Final = frozenset({401, 407})
+
+# The words of `meshkit-retry`. Anything else in that header is somebody else's.
+_NO_MORE: Final = frozenset({"exhausted", "rejected"})
+# What is taken over from `meshkit-degraded`: it is shown to people and sent on, whoever wrote it.
+_MOST_MARKS: Final = 8
+_MOST_MARK: Final = 64
 
 
 class ConnectionSettings(TypedDict, total=False):
@@ -451,7 +468,7 @@ class _Hosts:
         self._clock = clock
         self._per_host = breaker == "per-host"
         given = [breaker] if isinstance(breaker, CircuitBreaker) else []
-        self._plain: Pipeline = Pipeline(name, *outer, *given, *innermost)
+        self._plain: Pipeline = Pipeline(name, *outer, *given, *innermost, allow=_ALLOWED)
         self._known: OrderedDict[str, tuple[CircuitBreaker, Pipeline]] = OrderedDict()
 
     def pipeline(self, url: Any) -> Pipeline:
@@ -466,7 +483,7 @@ class _Hosts:
             _log.warning("client %r: %d hosts are down; calls to %s go without a breaker", self._name, MOST_HOSTS, host)
             return self._plain
         breaker = CircuitBreaker(self._name if host == self._home else f"{self._name} {host}", clock=self._clock)
-        made: Pipeline = Pipeline(self._name, *self._outer, breaker, *self._innermost)
+        made: Pipeline = Pipeline(self._name, *self._outer, breaker, *self._innermost, allow=_ALLOWED)
         self._known[host] = (breaker, made)
         return made
 
@@ -743,7 +760,12 @@ class _Exchange:
             with scope_open(scope), logical.span.active():
                 response = await self.owner.hosts.pipeline(self.request.url).run(self.call, self._send)
                 self._check(response)
+            self._learn(scope, response)
         except BaseException as error:
+            if isinstance(error, (RejectedError, DeadlineExceededError)):
+                # Whoever handles this may answer with an error of its own making. It is to say all the same that
+                # another attempt from above cannot help: what is shut off stays so, and the time is over.
+                scope.mark_exhausted()
             self.owner.family.adopt(error)
             self.end(Outcome(error=error))
             raise
@@ -767,6 +789,15 @@ class _Exchange:
                 f"a fallback or policy of client {self.owner.name!r} returned {type(response).__name__}.",
                 f"It has to return a response of {self.owner.family.module.__name__}.",
             )
+
+    def _learn(self, scope: Scope, response: Any) -> None:
+        """Write down what the answer says of what happened below, whatever policies there are between."""
+        headers = response.headers
+        if "meshkit-retry" in headers and self.judge(Outcome(response)).exhausted:
+            scope.mark_exhausted()
+        if "meshkit-degraded" in headers:
+            for name in _marks(headers["meshkit-degraded"]):
+                scope.mark_degraded(name)
 
     def end(self, outcome: Outcome) -> None:
         """The body has ended, failed or been closed, or there was none: policies learn of it, then the call ends."""
@@ -917,7 +948,7 @@ class _Exchange:
         if status < 400 or (status < 500 and status not in (408, 429)):
             return _SUCCESS
         error_type = str(status)
-        if "meshkit-retry" in response.headers:
+        if response.headers.get("meshkit-retry", "") in _NO_MORE:
             return Judgement(retry=True, breaker="neutral", error_type=error_type, exhausted=True)
         after = _retry_after(response.headers.get("retry-after"), self.owner.clock)
         if status == 429:
@@ -1002,6 +1033,8 @@ class _Attempt:
                 version = response.extensions.get("http_version")
                 if isinstance(version, bytes):
                     attributes["network.protocol.version"] = version.decode("ascii", "replace").removeprefix("HTTP/")
+                if marks := _marks(response.headers.get("meshkit-degraded", "")):
+                    attributes["meshkit.degraded"] = ", ".join(marks)
                 span.set(attributes)
             if error_type:
                 span.fail(error_type, "" if error is None else str(error))
@@ -1046,6 +1079,9 @@ class _Body:
                 exchange.end(self._outcome)
             raise
         except BaseException as error:
+            scope = current_scope()
+            if scope is not None and isinstance(error, DeadlineExceededError):
+                scope.mark_exhausted()
             exchange.owner.family.adopt(error)
             exchange.end(Outcome(error=error))
             raise
@@ -1080,6 +1116,14 @@ async def _discard(response: Any) -> None:
         await response.aclose()
     except Exception:
         _log.debug("a discarded response could not be closed", exc_info=True)
+
+
+def _marks(value: str) -> list[str]:
+    """The names of fallbacks in a `meshkit-degraded` header; what a name of ours cannot be is left out."""
+    names = (name.strip() for name in value[: 2 * _MOST_MARKS * _MOST_MARK].split(","))
+    return [name for name in names if 0 < len(name) <= _MOST_MARK and name.isascii() and name.isprintable()][
+        :_MOST_MARKS
+    ]
 
 
 def _retry_after(value: str | None, clock: Clock) -> float | None:
