@@ -59,6 +59,7 @@ if TYPE_CHECKING:
     from meshkit.policies.circuit_breaker import CircuitBreaker as CircuitBreaker
     from meshkit.policies.circuit_breaker import CircuitOpenError as CircuitOpenError
     from meshkit.policies.fallback import Fallback as Fallback
+    from meshkit.policies.keyed import CircuitBreakers as CircuitBreakers
     from meshkit.policies.retry import Backoff as Backoff
     from meshkit.policies.retry import Retry as Retry
     from meshkit.policies.timeout import Timeout as Timeout
@@ -100,6 +101,7 @@ _PUBLIC = {
     "event": "meshkit.messaging.events",
     **dict.fromkeys(("CircuitBreaker", "CircuitOpenError"), "meshkit.policies.circuit_breaker"),
     "Fallback": "meshkit.policies.fallback",
+    "CircuitBreakers": "meshkit.policies.keyed",
     **dict.fromkeys(("Backoff", "Retry"), "meshkit.policies.retry"),
     "Timeout": "meshkit.policies.timeout",
 }

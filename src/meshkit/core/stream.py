@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import weakref
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
@@ -24,7 +25,7 @@ class _Begun:
     empty: bool = False
 
 
-async def _begin(fn: Callable[..., AsyncGenerator[Any, Any]], args: Any, kwargs: Any) -> _Begun:
+async def _begin(fn: Callable[..., AsyncGenerator[Any, Any]], /, *args: Any, **kwargs: Any) -> _Begun:
     return await _first_of(fn(*args, **kwargs))
 
 
@@ -60,7 +61,7 @@ class Stream(AsyncGenerator[Any, Any]):
             if stream is not None:
                 stream._stop(make)
 
-        self._call = Call(name, discard=_close, stop=stop, work=(_begin, (fn, args, kwargs), {}))
+        self._call = Call(name, discard=_close, stop=stop, work=(functools.partial(_begin, fn), args, kwargs))
         self._lead = lead
         self._begun: _Begun | None = None
         self._scope: Scope | None = None
