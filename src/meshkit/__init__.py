@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from meshkit.core.pipeline import Pipeline as Pipeline
     from meshkit.core.scope import Scope as Scope
     from meshkit.core.scope import current_scope as current_scope
+    from meshkit.core.wrap import wrap as wrap
     from meshkit.errors import AttemptTimeoutError as AttemptTimeoutError
     from meshkit.errors import BulkheadFullError as BulkheadFullError
     from meshkit.errors import ConfigurationError as ConfigurationError
@@ -72,6 +73,7 @@ _PUBLIC = {
     **dict.fromkeys(("Check", "Part"), "meshkit.core.lifecycle"),
     "Pipeline": "meshkit.core.pipeline",
     **dict.fromkeys(("Scope", "current_scope"), "meshkit.core.scope"),
+    "wrap": "meshkit.core.wrap",
     **dict.fromkeys(
         (
             "AttemptTimeoutError",

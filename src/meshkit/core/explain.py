@@ -5,7 +5,7 @@ is read of each kind:
 
 | kind            | read                                                                                             |
 |-----------------|--------------------------------------------------------------------------------------------------|
-| retry           | `attempts` (`None`: nobody can say), `seconds` (`None`: no limit), `waits` (seconds of all waits together, `None`: nobody can say), `jitter` (`False`: off), `patient` |
+| retry           | `attempts` (`None`: nobody can say; infinity: nothing ends it), `seconds` (`None`: no limit), `waits` (seconds of all waits together, `None`: nobody can say), `jitter` (`False`: off), `patient` |
 | timeout         | `seconds` or `total`                                                                             |
 | hedge           | `attempts`, `delay`                                                                              |
 | bulkhead        | `limit`, `wait`                                                                                  |
@@ -432,7 +432,8 @@ def _about_retry(step: Step, outer: Sequence[Step], worst: _Worst) -> Iterator[F
     totals = [(limit_of(around), around) for around in outer if around.kind == "timeout"]
     within = step.number("seconds")
     if math.isinf(attempts):
-        if not totals and within is None:
+        # Where a strategy of the user's decides, it may well end.
+        if step.number("attempts") == math.inf and not totals and within is None:
             yield Finding(
                 id="retry-unbounded",
                 what=f"Nothing says when the retry ({step.position}) ends.",
