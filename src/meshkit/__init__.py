@@ -63,6 +63,8 @@ if TYPE_CHECKING:
     from meshkit.policies.keyed import CircuitBreakers as CircuitBreakers
     from meshkit.policies.retry import Backoff as Backoff
     from meshkit.policies.retry import Retry as Retry
+    from meshkit.policies.retry import retry_end as retry_end
+    from meshkit.policies.retry_budget import RetryBudget as RetryBudget
     from meshkit.policies.timeout import Timeout as Timeout
 
 # Name → the module it lives in. A test holds this against the imports above, which type checkers read.
@@ -104,7 +106,8 @@ _PUBLIC = {
     **dict.fromkeys(("CircuitBreaker", "CircuitOpenError"), "meshkit.policies.circuit_breaker"),
     "Fallback": "meshkit.policies.fallback",
     "CircuitBreakers": "meshkit.policies.keyed",
-    **dict.fromkeys(("Backoff", "Retry"), "meshkit.policies.retry"),
+    **dict.fromkeys(("Backoff", "Retry", "retry_end"), "meshkit.policies.retry"),
+    "RetryBudget": "meshkit.policies.retry_budget",
     "Timeout": "meshkit.policies.timeout",
 }
 _MODULES = ("embedded", "fastapi", "httpx", "rabbitmq", "sqlalchemy", "telemetry", "testing", "worker")

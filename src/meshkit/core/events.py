@@ -34,7 +34,7 @@ class Event:
 
 # -- policies ---------------------------------------------------------------------------------------------------------
 
-RetryEnd = Literal["attempts", "deadline", "budget", "breaker", "server", "not_retryable"]
+RetryEnd = Literal["attempts", "deadline", "budget", "breaker", "rejected", "server", "not_retryable"]
 CircuitState = Literal["closed", "open", "half_open", "isolated", "disabled"]
 
 

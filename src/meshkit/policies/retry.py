@@ -3,26 +3,62 @@
 from __future__ import annotations
 
 import contextlib
+import email.utils
 import inspect
+import logging
 import math
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator
+from contextvars import Token
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeVar, cast
+from datetime import UTC, datetime, timedelta
+from types import CoroutineType, TracebackType
+from typing import TYPE_CHECKING, Any, Final, Literal, TypeVar, cast
 
-from meshkit.core.call import Call, Judgement, Next, NextSync, Outcome, driven
+from meshkit.core.call import ATTEMPT, NO_WORK, Call, Judgement, Next, NextSync, Outcome, driven, numbered
 from meshkit.core.clock import SYSTEM_CLOCK, Clock
-from meshkit.core.events import RetryEnd, RetryEnded, RetryScheduled, emit, error_type
-from meshkit.core.scope import current_scope
-from meshkit.core.trace import tracer
-from meshkit.errors import ConfigurationError, DeadlineExceededError, RejectedError
+from meshkit.core.events import RetryBudgetExhausted, RetryEnd, RetryEnded, RetryScheduled, emit, error_type
+from meshkit.core.scope import Scope, close_scope, current_scope, open_scope
+from meshkit.core.trace import TRACING, tracer
+from meshkit.errors import ConfigurationError, DeadlineExceededError, DeadlineTooCloseError, RejectedError
+from meshkit.policies.retry_budget import RetryBudget
 
 if TYPE_CHECKING:
     from tenacity import RetryCallState
 
 T = TypeVar("T")
+R = TypeVar("R")
+
+Jitter = Literal["full", "equal", "decorrelated", "none"]
+
+_log = logging.getLogger("meshkit")
 
 # What the other side asks for is stretched by up to this much, so that those it told the same do not come together.
-_AFTER_SPREAD = 0.1
+_AFTER_SPREAD: Final = 0.1
+
+# Without a wait between them, attempts would keep everybody else off the event loop: every so many give way.
+_GIVE_WAY: Final = 64
+
+_CIRCUIT_OPEN: Final = "MK501"
+_UNKNOWN: Final = Judgement()
+
+# Ends after which trying again further up would only multiply the attempts.
+_EXHAUSTS: Final = frozenset({"attempts", "deadline", "budget", "server"})
+
+# Where an error carries what ended its retry: see `retry_end`.
+_END: Final = "meshkit_retry_end"
+
+
+def retry_end(error: BaseException) -> RetryEnd | None:
+    """What ended the retry that `error` came out of: one of the reasons of `RetryEnded`.
+
+    `"attempts"` were used up, the `"deadline"` (or `within`) would have passed, the `"budget"` was empty, an open
+    `"breaker"` or another policy (`"rejected"`) refused, the `"server"` said that it has retried enough itself, or the
+    error was `"not_retryable"`. Of retries in each other it is the outermost one's.
+
+    Returns:
+        `None` for an error that came out of no retry, or that cannot be written to.
+    """
+    return cast("RetryEnd | None", getattr(error, _END, None))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,28 +72,75 @@ class Backoff:
         first: longest wait before the second attempt, seconds.
         factor: how much longer each further one may be.
         most: no wait is longer, seconds.
-        jitter: makes the wait from its longest length; `None` for full jitter.
+        jitter: `"full"`: between 0 and the longest length; `"equal"`: between half of it and all of it;
+            `"decorrelated"`: between `first` and three times the wait before, which is AWS's own number, so without
+            `factor`; `"none"`: the longest length itself. Or a function that makes the wait from its longest length.
+
+    Raises:
+        ConfigurationError: a value that cannot work.
     """
 
     first: float = 0.1
     factor: float = 2.0
     most: float = 10.0
-    jitter: Callable[[float], float] | None = None
+    jitter: Jitter | Callable[[float], float] = "full"
 
     def __post_init__(self) -> None:
         if not (0 <= self.first < math.inf and 0 <= self.most < math.inf):
             raise ConfigurationError(f"first and most are seconds to wait, not {self.first} and {self.most}.")
         if not 1 <= self.factor < math.inf:
             raise ConfigurationError(f"factor makes each wait longer, so it is 1 or above, not {self.factor}.")
+        if not callable(self.jitter) and self.jitter not in ("full", "equal", "decorrelated", "none"):
+            raise ConfigurationError(
+                f"jitter is full, equal, decorrelated, none, or a function of the longest wait, not {self.jitter!r}."
+            )
+        if self.jitter == "decorrelated" and self.factor != 2.0:
+            raise ConfigurationError("decorrelated waits grow from the one before.", "Leave factor out.")
 
-    def wait(self, attempt: int, clock: Clock) -> float:
-        """Seconds to wait after attempt number `attempt` has failed."""
+    def longest(self, attempt: int) -> float:
+        """The longest that the wait after attempt number `attempt` can be."""
+        factor = 3.0 if self.jitter == "decorrelated" else float(self.factor)
         try:
-            # As floats: whole numbers would grow without end.
-            longest = min(self.most, self.first * float(self.factor) ** (attempt - 1))
+            # As floats: whole numbers would grow without end. A decorrelated wait has one before it from the start.
+            grown = self.first * factor ** (attempt if self.jitter == "decorrelated" else attempt - 1)
         except OverflowError:
-            longest = self.most if self.first else 0.0
-        return self.jitter(longest) if self.jitter is not None else longest * clock.random()
+            return self.most if self.first else 0.0
+        return min(self.most, grown)
+
+    def total(self, waits: int) -> float:
+        """The longest that the first so many waits can take together."""
+        if callable(self.jitter):
+            # It is the user's own, and held to `most` alone.
+            return self.most * waits
+        total = 0.0
+        for attempt in range(1, waits + 1):
+            longest = self.longest(attempt)
+            if longest >= self.most or self.factor == 1.0 or not longest:
+                return total + longest * (waits - attempt + 1)
+            total += longest
+        return total
+
+    def wait(self, attempt: int, clock: Clock, previous: float | None = None) -> float:
+        """Seconds to wait after attempt number `attempt` has failed.
+
+        Args:
+            attempt: 1 for the first.
+            clock: where chance comes from.
+            previous: what this gave for the attempt before, for decorrelated jitter.
+        """
+        jitter = self.jitter
+        if jitter == "full":
+            return self.longest(attempt) * clock.random()
+        if jitter == "none":
+            return self.longest(attempt)
+        if jitter == "equal":
+            return self.longest(attempt) * (1 + clock.random()) / 2
+        if jitter == "decorrelated":
+            up_to = 3 * (self.first if previous is None else previous)
+            return min(self.most, self.first + (up_to - self.first) * clock.random())
+        delay = jitter(self.longest(attempt))
+        # It may come to less than nothing, or to no number.
+        return min(self.most, delay) if delay >= 0 else 0.0
 
 
 def _retryable(error: BaseException) -> bool:
@@ -72,20 +155,34 @@ def _retryable(error: BaseException) -> bool:
 class Retry:
     """Call again after a failure, until it works or something says that it will not.
 
-    What ends it: the attempts, the deadline of the request, an open breaker (unless `patient`), the other side saying
-    that it has retried enough itself, or an error that is not worth another attempt. Cancellation is never retried.
-    The last real error is raised as it is, with a note.
+    What ends it: the attempts, the time (`within`, or the deadline of the request), the budget, an open breaker or
+    another refusal (unless `patient`), the other side saying that it has retried enough itself, or an error that is not
+    worth another attempt. The last real error is raised as it is, with a note; `meshkit.retry_end(error)` says which of
+    these it was. A result that is still not satisfying after the last attempt is returned.
+
+    Cancellation is never retried, whatever a predicate says: none is asked. Nor is anything else that is no `Exception`.
+
+    The wait is the longer one of `backoff` and what the other side asks for (`Retry-After`, or `retry_after` of the
+    error: seconds, a date in HTTP's form, a `datetime` or a `timedelta`) plus up to 10 %. A wait that would pass the
+    deadline is not begun: the retry ends at once.
 
     Args:
         attempts: how often to call at the most, the first one counted.
         on: exception classes that are worth another attempt. Where neither this nor `retry` is given, the edge that
             made the call decides (HTTP has a table), and without one any `Exception` but meshkit's own refusals.
+        on_result: a plain function of a result that says whether it is worth another attempt.
         backoff: how long to wait between attempts.
-        within: seconds that all attempts and waits may take together: no wait begins that would end later.
-        retry: a tenacity `retry_*` strategy, sync or async, instead of `on`.
+        within: seconds that all attempts and waits may take together: no wait begins that would end later. It holds
+            also beside `stop`. The default is a minute, because whoever asked has gone by then (nginx and AWS's load
+            balancer wait 60 s for an answer), and with room for one `open_for` of a breaker, which `patient` waits for;
+            `None` for no limit. It bounds waits: what bounds an attempt is a Timeout inside.
+        retry: a tenacity `retry_*` strategy, sync or async, instead of `on` and `on_result`.
         wait: a tenacity `wait_*` strategy instead of `backoff`.
         stop: a tenacity `stop_*` strategy instead of `attempts`.
-        patient: wait for an open breaker instead of giving up.
+        budget: retries that the destination bears; share it between all that call there.
+        patient: wait for an open breaker (or another refusal) instead of giving up.
+        discard: disposes of a result that `on_result` or `retry` has turned down: a plain or an async function of it.
+            What an edge leads, the edge disposes of.
         clock: where time and chance come from.
 
     Raises:
@@ -94,23 +191,56 @@ class Retry:
 
     attempts: int = 3
     on: type[Exception] | tuple[type[Exception], ...] | None = None
+    on_result: Callable[[Any], bool] | None = None
     backoff: Backoff = Backoff()
-    within: float | None = None
+    within: float | None = 60.0
     retry: Callable[[RetryCallState], Any] | None = None
     wait: Callable[[RetryCallState], Any] | None = None
     stop: Callable[[RetryCallState], Any] | None = None
+    budget: RetryBudget | None = None
     patient: bool = False
+    discard: Callable[[Any], Any] | None = None
     clock: Clock = SYSTEM_CLOCK
 
     def __post_init__(self) -> None:
-        if not self.attempts >= 1:
+        # A number of attempts that is no number would let the loop run on; bool is one only by descent.
+        if not isinstance(cast("object", self.attempts), int) or self.attempts is True or not self.attempts >= 1:
             raise ConfigurationError(
                 f"attempts is how often to call, the first one counted, so 1 or above, not {self.attempts}."
             )
-        if self.within is not None and not self.within > 0:
-            raise ConfigurationError(f"within is how long all attempts may take, so above 0, not {self.within}.")
-        if self.on is not None and self.retry is not None:
-            raise ConfigurationError("on and retry both say which failures to retry.", "Give one of them.")
+        if self.within is not None and not 0 < self.within < math.inf:
+            raise ConfigurationError(
+                f"within is how long all attempts may take, so above 0, not {self.within}.", "None is no limit."
+            )
+        if not isinstance(cast("object", self.backoff), Backoff):
+            raise ConfigurationError(f"backoff is a Backoff(first=…, most=…), not {self.backoff!r}.")
+        if not isinstance(cast("object", self.budget), RetryBudget | None):
+            raise ConfigurationError(f'budget is a RetryBudget("prices", …), not {self.budget!r}.')
+        for strategy, what in ((self.retry, "retry"), (self.wait, "wait"), (self.stop, "stop")):
+            # A class can be called too, and what it makes is true: stop=stop_after_attempt would stop always.
+            if strategy is not None and (isinstance(strategy, type) or not callable(strategy)):
+                raise ConfigurationError(
+                    f"{what} is an object of tenacity's that is asked after each attempt, not {strategy!r}.",
+                    "Write stop_after_attempt(3), say, and not stop_after_attempt.",
+                )
+        for function, what in ((self.on_result, "on_result"), (self.discard, "discard")):
+            if function is not None and not callable(function):
+                raise ConfigurationError(f"{what} is a function of the result, not {function!r}.")
+        if inspect.iscoroutinefunction(self.on_result):
+            raise ConfigurationError(
+                "on_result is a plain function: nobody awaits it.", "tenacity.asyncio.retry_if_result awaits its own."
+            )
+        if self.retry is not None and (self.on is not None or self.on_result is not None):
+            raise ConfigurationError(
+                f"{'on' if self.on is not None else 'on_result'} and retry both say which failures to retry.",
+                "Give one of them.",
+            )
+        if self.wait is not None and self.backoff != Backoff():
+            raise ConfigurationError("backoff and wait both say how long to wait.", "Give one of them.")
+        if self.stop is not None and self.attempts != 3:
+            raise ConfigurationError(
+                "attempts and stop both say how often to call.", "Give one of them: stop_after_attempt(n) | … is both."
+            )
         classes = self.on if isinstance(self.on, tuple) else () if self.on is None else (self.on,)
         for wanted in classes:
             if not (isinstance(wanted, type) and issubclass(wanted, Exception)):
@@ -118,39 +248,194 @@ class Retry:
                     f"on lists exception classes, and {wanted!r} is none.",
                     "Cancellation and exits (BaseException) are never retried.",
                 )
+            if issubclass(wanted, RejectedError) and not self.patient:
+                raise ConfigurationError(
+                    f"on lists {wanted.__name__}, with which a policy refuses to start a call.",
+                    "Say patient=True to wait for that.",
+                )
 
     def describe(self) -> dict[str, object]:
-        return {"kind": "retry", "attempts": None if self.stop else self.attempts, "seconds": self.within}
+        backoff = self.backoff
+        classes = self.on if isinstance(self.on, tuple) else () if self.on is None else (self.on,)
+        foreign = self.wait is not None
+        return {
+            "kind": "retry",
+            "attempts": None if self.stop else self.attempts,
+            "seconds": self.within,
+            # What the other side asks for with `Retry-After` comes on top.
+            "waits": None if foreign or self.stop else backoff.total(self.attempts - 1),
+            "jitter": None if foreign else backoff.jitter != "none",
+            "budget": self.budget is not None,
+            "patient": self.patient,
+            "on": None if self.on is None else [wanted.__name__ for wanted in classes],
+        }
 
+    # -- around a call ------------------------------------------------------------------------------------------------
+    #
     # The first attempt runs bare: nothing is made for it that only a failure would need.
 
     async def run(self, call: Call, call_next: Next[T]) -> T:
         started = self.clock.now()
+        if self.budget is not None:
+            self.budget.deposit()
         mark = call.mark()
         try:
             result = await call_next(call)
         except Exception as error:
             outcome = Outcome(error=error)
         else:
-            if not self._unsatisfied(call, result):
+            if self._satisfied(call, result):
                 return result
             outcome = Outcome(result)
-        run = _Run(self, call, started)
+        try:
+            return await self._go_on(call, call_next, outcome, started, mark)
+        finally:
+            # An error holds its traceback, and that this frame, which holds the error.
+            del outcome
+
+    def run_sync(self, call: Call, call_next: NextSync[T]) -> T:
+        started = self.clock.now()
+        if self.budget is not None:
+            self.budget.deposit()
+        mark = call.mark()
+        try:
+            result = call_next(call)
+        except Exception as error:
+            outcome = Outcome(error=error)
+        else:
+            if self._satisfied(call, result):
+                return result
+            outcome = Outcome(result)
+        try:
+            return self._go_on_sync(call, call_next, outcome, started, mark)
+        finally:
+            del outcome
+
+    # -- alone around a function --------------------------------------------------------------------------------------
+    #
+    # No Call and no Scope before something has failed; from then on there are both, as a Pipeline would have made them.
+
+    def around(self, name: str, fn: Callable[..., Awaitable[R]]) -> Callable[..., Coroutine[Any, Any, R]]:
+        """A coroutine function that calls `fn` as a Pipeline of this policy alone would."""
+        clock, budget, attempt = self.clock, self.budget, ATTEMPT.get
+        judged = self.retry is not None or self.on_result is not None
+
+        async def retried(*args: Any, **kwargs: Any) -> R:
+            started = clock.now()
+            if budget is not None:
+                budget.deposit()
+            try:
+                # Inside a later attempt of somebody else's, this one is still our first.
+                result = await (fn(*args, **kwargs) if attempt() == 1 else numbered(1, fn, *args, **kwargs))
+            except Exception as error:
+                outcome = Outcome(error=error)
+            else:
+                if not judged or self._satisfied(None, result):
+                    return result
+                outcome = Outcome(result)
+            call = Call(name, 1, None, None, False, None, (fn, args, kwargs))
+            opened = None if current_scope() is not None else open_scope(Scope())
+            try:
+                return await self._go_on(call, _work, outcome, started, 0)
+            finally:
+                del outcome
+                if opened is not None:
+                    close_scope(opened)
+
+        return retried
+
+    def around_sync(self, name: str, fn: Callable[..., R]) -> Callable[..., R]:
+        """As `around`, for a plain function."""
+        clock, budget, attempt = self.clock, self.budget, ATTEMPT.get
+        judged = self.retry is not None or self.on_result is not None
+
+        def retried(*args: Any, **kwargs: Any) -> R:
+            started = clock.now()
+            if budget is not None:
+                budget.deposit()
+            try:
+                result = fn(*args, **kwargs) if attempt() == 1 else _numbered_sync(1, fn, args, kwargs)
+            except Exception as error:
+                outcome = Outcome(error=error)
+            else:
+                if type(result) is CoroutineType:
+                    raise _unawaited(name, cast("CoroutineType[Any, Any, Any]", result))
+                if not judged or self._satisfied(None, result):
+                    return result
+                outcome = Outcome(result)
+            call = Call(name, 1, None, None, False, None, (fn, args, kwargs))
+            opened = None if current_scope() is not None else open_scope(Scope())
+            try:
+                return cast("R", self._go_on_sync(call, _work_sync, outcome, started, 0))
+            finally:
+                del outcome
+                if opened is not None:
+                    close_scope(opened)
+
+        return retried
+
+    # -- around a block -----------------------------------------------------------------------------------------------
+
+    def context(self, name: str) -> RetryContext:
+        """Attempts at a block of code, for what is no function of its own.
+
+        ```python
+        async for attempt in retry.context("prices"):
+            with attempt:
+                price = await fetch()
+        ```
+
+        Also with a plain `for`, which holds the thread during waits. What is to be retried stands inside the `with`.
+        What the block comes to cannot be seen from outside: `attempt.set_result(price)` shows it to `on_result` and to
+        tenacity's predicates. The loop may be left early. The object may be kept: each loop over it is a call of its
+        own.
+
+        Args:
+            name: what is called, for events, metrics and errors.
+        """
+        return RetryContext(self, name)
+
+    # -- after the first attempt --------------------------------------------------------------------------------------
+
+    def _satisfied(self, call: Call | None, result: object) -> bool:
+        """Whether a result is beyond doubt; if not, `_Run` decides."""
+        if self.retry is not None:
+            return False
+        if self.on_result is not None:
+            return not self.on_result(result)
+        return self.on is not None or call is None or call.judge is None or not call.judge(Outcome(result)).retry
+
+    async def _go_on(self, call: Call, call_next: Next[T], outcome: Outcome, started: float, mark: int) -> T:
+        run = _Run(self, call, started, turned_down=outcome.error is None)
         current = call
         try:
             while True:
-                delay = await run.delay_after(current, outcome)
+                try:
+                    delay = run.decide(current, outcome) if run.own else await run.ask(current, outcome)
+                except Exception as error:
+                    run.failed_to_decide(error, outcome)
+                    if outcome.error is None:
+                        await run.dispose(current, outcome)
+                    raise
                 if delay is None:
                     if outcome.error is None:
                         return cast("T", outcome.result)
                     run.note(outcome.error)
                     raise outcome.error
                 try:
-                    await current.dispose(outcome)
-                finally:
-                    current.end(outcome, since=mark if current is call else 0)
-                if delay > 0:
-                    await self.clock.sleep(delay)
+                    try:
+                        if outcome.error is None:
+                            await run.dispose(current, outcome)
+                    finally:
+                        if current.ends:
+                            current.end(outcome, since=mark if current is call else 0)
+                    if delay > 0:
+                        await self.clock.sleep(delay)
+                    elif run.attempts % _GIVE_WAY == 0:
+                        await self.clock.sleep(0)
+                except BaseException:
+                    run.not_made()
+                    raise
                 current = current.again()
                 try:
                     outcome = Outcome(await call_next(current))
@@ -159,205 +444,521 @@ class Retry:
         finally:
             # However this is left (the last attempt, a cancellation, a strategy that raises), what the attempt holds is
             # let go of at the end of the call, and by then it is known what that came to.
-            if current is not call:
+            if current is not call and (current.late or current.ends):
                 call.on_end(current.end)
-            # An error holds its traceback, and that this frame, which holds the error.
             del outcome, run
 
-    def run_sync(self, call: Call, call_next: NextSync[T]) -> T:
-        started = self.clock.now()
-        mark = call.mark()
-        try:
-            result = call_next(call)
-        except Exception as error:
-            outcome = Outcome(error=error)
-        else:
-            if not self._unsatisfied(call, result):
-                return result
-            outcome = Outcome(result)
-        run = _Run(self, call, started)
+    def _go_on_sync(self, call: Call, call_next: NextSync[T], outcome: Outcome, started: float, mark: int) -> T:
+        run = _Run(self, call, started, turned_down=outcome.error is None)
         current = call
         try:
             while True:
-                delay = driven(run.delay_after(current, outcome), "an async tenacity strategy")
+                try:
+                    delay = (
+                        run.decide(current, outcome)
+                        if run.own
+                        else driven(run.ask(current, outcome), "an async tenacity strategy")
+                    )
+                except Exception as error:
+                    run.failed_to_decide(error, outcome)
+                    if outcome.error is None:
+                        run.dispose_sync(current, outcome)
+                    raise
                 if delay is None:
                     if outcome.error is None:
                         return cast("T", outcome.result)
                     run.note(outcome.error)
                     raise outcome.error
                 try:
-                    current.dispose_sync(outcome)
-                finally:
-                    current.end(outcome, since=mark if current is call else 0)
-                if delay > 0:
-                    self.clock.block(delay)
+                    try:
+                        if outcome.error is None:
+                            run.dispose_sync(current, outcome)
+                    finally:
+                        if current.ends:
+                            current.end(outcome, since=mark if current is call else 0)
+                    if delay > 0:
+                        self.clock.block(delay)
+                except BaseException:
+                    run.not_made()
+                    raise
                 current = current.again()
                 try:
                     outcome = Outcome(call_next(current))
                 except Exception as error:
                     outcome = Outcome(error=error)
         finally:
-            if current is not call:
+            if current is not call and (current.late or current.ends):
                 call.on_end(current.end)
             del outcome, run
 
-    def _unsatisfied(self, call: Call, result: object) -> bool:
-        """Whether a *result* could be worth another attempt; `_Run` then decides."""
-        if self.retry is not None:
-            return True
-        return self.on is None and call.judge is not None and call.judge(Outcome(result)).retry
-
 
 class _Run:
-    """What is remembered between the attempts of one call: made only once something has failed."""
+    """What is remembered between the attempts of one call: made only once something has failed.
 
-    __slots__ = ("_attempts", "_call", "_idle", "_reason", "_retry", "_started", "_state")
+    Args:
+        turned_down: whether `on_result` has said no to the first attempt's result: a predicate is asked once.
 
-    def __init__(self, retry: Retry, call: Call, started: float) -> None:
+    Attributes:
+        attempts: how many there were.
+        own: whether all decisions are our own; else tenacity's strategies are to be asked.
+    """
+
+    __slots__ = (
+        "_call",
+        "_previous",
+        "_reason",
+        "_retry",
+        "_started",
+        "_state",
+        "_turned_down",
+        "_withdrawn",
+        "attempts",
+        "own",
+    )
+
+    def __init__(self, retry: Retry, call: Call, started: float, *, turned_down: bool = False) -> None:
         self._retry = retry
         self._call = call
         self._started = started
-        self._idle = 0.0
-        self._attempts = 0
+        self._previous: float | None = None
         self._reason: RetryEnd = "not_retryable"
         self._state: RetryCallState | None = None
+        self._turned_down = turned_down
+        self._withdrawn = False
+        self.attempts = 0
+        self.own = retry.retry is None and retry.wait is None and retry.stop is None
 
-    async def delay_after(self, attempt: Call, outcome: Outcome) -> float | None:
-        """Seconds to wait before the next attempt, `None` where there is to be none."""
-        try:
-            return await self._delay_after(attempt, outcome)
-        except Exception as error:
-            # A strategy of the user's has failed: what the call itself came to is not to be lost for that.
-            if error is not outcome.error and error.__context__ is None:
-                error.__context__ = outcome.error
-            raise
+    # Seconds to wait before the next attempt, `None` where there is to be none: by our own rules, or with tenacity's in
+    # their place. tenacity's order: the wait is known before the stop is asked, so that a stop can look at it.
 
-    async def _delay_after(self, attempt: Call, outcome: Outcome) -> float | None:
-        retry, clock = self._retry, self._retry.clock
-        self._attempts += 1
-        judgement = Judgement() if attempt.judge is None else attempt.judge(outcome)
-        state = self._asked(attempt, outcome)
+    def decide(self, attempt: Call, outcome: Outcome) -> float | None:
+        self.attempts += 1
+        judgement = _UNKNOWN if attempt.judge is None else attempt.judge(outcome)
+        reason = self._against(outcome, judgement)
+        if reason is None and self.attempts >= self._retry.attempts:
+            reason = "attempts"
+        if reason is not None:
+            return self._over(reason, outcome, judgement)
+        delay, from_server = self._at_least(self._backoff(), outcome, judgement)
+        return self._scheduled(delay, from_server, outcome, judgement)
 
-        error = outcome.error
-        rejected = isinstance(error, RejectedError)
-        if rejected and not retry.patient:
-            return self._over("breaker", outcome, judgement)
-        if not rejected and not await self._wanted(outcome, judgement, state):
-            return self._over("not_retryable", outcome, judgement)
-        if judgement.exhausted:
-            return self._over("server", outcome, judgement)
-
-        # tenacity's order: the wait is known before the stop is asked, so that a stop can look at it.
-        wait = retry.wait(state) if retry.wait is not None and state is not None else None
-        delay = float(await wait if inspect.isawaitable(wait) else wait) if wait is not None else None
-        if delay is None:
-            delay = retry.backoff.wait(self._attempts, clock)
-        if not delay >= 0:
-            # A jitter or strategy of the user's may come to less than nothing, or to no number.
-            delay = 0.0
-        after = judgement.retry_after
-        if after is None:
-            after = getattr(error, "retry_after", None)
-        from_server = isinstance(after, int | float) and after > 0
-        if from_server:
-            delay = max(delay, float(cast("float", after)) * (1 + _AFTER_SPREAD * clock.random()))
-
-        if state is not None:
-            state.upcoming_sleep = delay
-        if retry.stop is not None and state is not None:
-            stopped = retry.stop(state)
-            if await stopped if inspect.isawaitable(stopped) else stopped:
-                return self._over("attempts", outcome, judgement)
-        elif self._attempts >= retry.attempts:
+    async def ask(self, attempt: Call, outcome: Outcome) -> float | None:
+        retry = self._retry
+        self.attempts += 1
+        judgement = _UNKNOWN if attempt.judge is None else attempt.judge(outcome)
+        state = self._told(outcome)
+        wanted = False if retry.retry is None or isinstance(outcome.error, RejectedError) else retry.retry(state)
+        reason = self._against(outcome, judgement, asked=bool(await wanted if inspect.isawaitable(wanted) else wanted))
+        if reason is not None:
+            return self._over(reason, outcome, judgement)
+        if retry.wait is None:
+            delay = self._backoff()
+        else:
+            wait = retry.wait(state)
+            delay = float(await wait if inspect.isawaitable(wait) else wait)
+        delay, from_server = self._at_least(delay, outcome, judgement)
+        state.upcoming_sleep = delay
+        if retry.stop is None:
+            stopped = self.attempts >= retry.attempts
+        else:
+            stop = retry.stop(state)
+            stopped = bool(await stop if inspect.isawaitable(stop) else stop)
+        if stopped:
             return self._over("attempts", outcome, judgement)
-        if clock.now() + delay >= self._deadline():
-            return self._over("deadline", outcome, judgement)
+        # How long it has waited, as tenacity counts it: with the wait that is to come.
+        state.idle_for += delay
+        return self._scheduled(delay, from_server, outcome, judgement)
 
-        self._idle += delay
-        if state is not None:
-            state.idle_for = self._idle
-        reason = judgement.error_type or _type_of(outcome)
-        emit(
-            RetryScheduled(
-                source=self._call.name,
-                attempt=self._attempts,
-                delay=delay,
-                error_type=reason,
-                from_server=from_server,
-            )
-        )
-        span = tracer().current()
-        if span.recording:
-            span.event(
-                "meshkit.retry",
-                {
-                    "meshkit.retry.delay": delay,
-                    "meshkit.retry.reason": reason,
-                    "meshkit.attempt": self._attempts,
-                    "meshkit.retry.after_header": from_server,
-                },
-            )
-        return delay
+    def failed_to_decide(self, error: Exception, outcome: Outcome) -> None:
+        """A strategy of the user's has failed: what the call itself came to is not to be lost for that."""
+        if error is not outcome.error and error.__context__ is None:
+            error.__context__ = outcome.error
 
     def note(self, error: BaseException) -> None:
         """Write on the last attempt's error what ended it."""
-        if self._attempts > 1:
-            note = f"meshkit: gave up on {self._call.name!r} after {self._attempts} attempts, ended by {self._reason}"
-            # Some libraries raise one and the same object over and over, and some errors cannot be written to.
+        # Some errors cannot be written to.
+        with contextlib.suppress(Exception):
+            setattr(error, _END, self._reason)
+        if self.attempts > 1:
+            note = f"meshkit: gave up on {self._call.name!r} after {self.attempts} attempts, ended by {self._reason}"
+            # Some libraries raise one and the same object over and over.
             if note not in getattr(error, "__notes__", ()):
                 with contextlib.suppress(Exception):
                     error.add_note(note)
 
+    def not_made(self) -> None:
+        """The attempt that was decided on will not be made: it costs the budget nothing."""
+        if self._withdrawn and self._retry.budget is not None:
+            self._retry.budget.give_back()
+
+    async def dispose(self, attempt: Call, outcome: Outcome) -> None:
+        """Dispose of a result that nobody will get."""
+        discard = self._retry.discard
+        if attempt.discard is not None or discard is None:
+            await attempt.dispose(outcome)
+            return
+        try:
+            done = discard(outcome.result)
+            if inspect.isawaitable(done):
+                await done
+        except Exception:
+            _log.warning("a discarded result of call %r could not be disposed of", attempt.name, exc_info=True)
+
+    def dispose_sync(self, attempt: Call, outcome: Outcome) -> None:
+        """As `dispose`, for a plain function."""
+        driven(self.dispose(attempt, outcome), "a result that has to be waited for when it is disposed of")
+
+    def _against(self, outcome: Outcome, judgement: Judgement, *, asked: bool = False) -> RetryEnd | None:
+        """What speaks against another attempt, `None` if nothing does. `asked` is what tenacity's predicate said."""
+        retry, error = self._retry, outcome.error
+        if isinstance(error, RejectedError):
+            if isinstance(error, DeadlineTooCloseError):
+                return "deadline"
+            return None if retry.patient else "breaker" if error.code == _CIRCUIT_OPEN else "rejected"
+        if retry.retry is not None:
+            wanted = asked
+        elif error is None and retry.on_result is not None:
+            wanted = (self._turned_down and self.attempts == 1) or bool(retry.on_result(outcome.result))
+        elif retry.on is not None:
+            wanted = error is not None and isinstance(error, retry.on)
+        elif self._call.judge is not None:
+            wanted = judgement.retry
+        else:
+            wanted = error is not None and _retryable(error)
+        if not wanted:
+            return "not_retryable"
+        return "server" if judgement.exhausted else None
+
+    def _backoff(self) -> float:
+        self._previous = self._retry.backoff.wait(self.attempts, self._retry.clock, self._previous)
+        return self._previous
+
+    def _at_least(self, delay: float, outcome: Outcome, judgement: Judgement) -> tuple[float, bool]:
+        """The wait, with what the other side or an open breaker asks for; and whether it was the other side."""
+        if not delay >= 0:
+            # A strategy of the user's may come to less than nothing, or to no number.
+            delay = 0.0
+        error, clock = outcome.error, self._retry.clock
+        after: object = judgement.retry_after
+        if after is None:
+            after = getattr(error, "retry_after", None)
+        seconds = 0.0 if after is None else _seconds_of(after, clock)
+        if not seconds:
+            return delay, False
+        return max(delay, seconds * (1 + _AFTER_SPREAD * clock.random())), not isinstance(error, RejectedError)
+
+    def _scheduled(self, delay: float, from_server: bool, outcome: Outcome, judgement: Judgement) -> float | None:
+        """The wait, if time and budget allow it; then it is told."""
+        retry = self._retry
+        scope = current_scope()
+        ends = retry.clock.now() + delay
+        if (
+            ends == math.inf
+            or (retry.within is not None and ends >= self._started + retry.within)
+            or (scope is not None and scope.deadline is not None and ends >= scope.deadline)
+        ):
+            return self._over("deadline", outcome, judgement)
+        # After a refusal nothing was sent, so another attempt puts nothing on top.
+        self._withdrawn = False
+        if retry.budget is not None and not isinstance(outcome.error, RejectedError):
+            self._withdrawn = retry.budget.withdraw()
+            if not self._withdrawn:
+                emit(RetryBudgetExhausted(source=retry.budget.name or self._call.name, kind="retry"))
+                return self._over("budget", outcome, judgement)
+        if RetryScheduled.heard:
+            emit(
+                RetryScheduled(
+                    source=self._call.name,
+                    attempt=self.attempts,
+                    delay=delay,
+                    error_type=_type_of(outcome, judgement),
+                    from_server=from_server,
+                )
+            )
+        if TRACING.on:
+            span = tracer().current()
+            if span.recording:
+                span.event(
+                    "meshkit.retry",
+                    {
+                        "meshkit.retry.delay": delay,
+                        "meshkit.retry.reason": _type_of(outcome, judgement),
+                        "meshkit.attempt": self.attempts,
+                        "meshkit.retry.after_header": from_server,
+                    },
+                )
+        return delay
+
     def _over(self, reason: RetryEnd, outcome: Outcome, judgement: Judgement) -> float | None:
         """Remember what ended it; there is no delay any more."""
         self._reason = reason
-        scope = current_scope()
-        if scope is not None and reason in ("attempts", "deadline", "budget", "server"):
-            scope.mark_exhausted()
-        failure = judgement.error_type or _type_of(outcome)
-        if failure:
-            emit(RetryEnded(source=self._call.name, attempts=self._attempts, reason=reason, error_type=failure))
+        if reason in _EXHAUSTS:
+            scope = current_scope()
+            if scope is not None:
+                scope.mark_exhausted()
+        # A result that satisfies is the end of a call, and of nothing else.
+        if RetryEnded.heard and (outcome.error is not None or judgement.error_type or reason != "not_retryable"):
+            emit(
+                RetryEnded(
+                    source=self._call.name,
+                    attempts=self.attempts,
+                    reason=reason,
+                    error_type=_type_of(outcome, judgement),
+                )
+            )
         return None
 
-    def _deadline(self) -> float:
-        scope = current_scope()
-        limits = [
-            self._started + self._retry.within if self._retry.within is not None else math.inf,
-            scope.deadline if scope is not None and scope.deadline is not None else math.inf,
-        ]
-        return min(limits)
-
-    async def _wanted(self, outcome: Outcome, judgement: Judgement, state: RetryCallState | None) -> bool:
-        retry, error = self._retry, outcome.error
-        if retry.retry is not None and state is not None:
-            wanted = retry.retry(state)
-            return bool(await wanted if inspect.isawaitable(wanted) else wanted)
-        if retry.on is not None:
-            return error is not None and isinstance(error, retry.on)
-        if self._call.judge is not None:
-            return judgement.retry
-        return error is not None and _retryable(error)
-
-    def _asked(self, attempt: Call, outcome: Outcome) -> RetryCallState | None:
-        """The state that tenacity's strategies are asked with; `None` where none was given."""
-        retry = self._retry
-        if retry.retry is None and retry.wait is None and retry.stop is None:
-            return None
+    def _told(self, outcome: Outcome) -> RetryCallState:
+        """The state that tenacity's strategies are asked with."""
         import tenacity
 
         if self._state is None:
-            self._state = tenacity.RetryCallState(tenacity.Retrying(), None, (), {})
+            work = self._call.work
+            fn, args, kwargs = (None, (), {}) if work is NO_WORK else work
+            self._state = tenacity.RetryCallState(tenacity.Retrying(), fn, args, kwargs)
             self._state.start_time = self._started
         state = self._state
-        state.attempt_number = self._attempts
+        state.attempt_number = self.attempts
         if outcome.error is None:
             state.set_result(outcome.result)
         else:
             state.set_exception((type(outcome.error), outcome.error, outcome.error.__traceback__))
         # Its own clock is time.monotonic, ours may be a test's.
-        state.outcome_timestamp = retry.clock.now()
+        state.outcome_timestamp = self._retry.clock.now()
         return state
 
 
-def _type_of(outcome: Outcome) -> str:
-    return "" if outcome.error is None else error_type(outcome.error)
+# -- around a block ---------------------------------------------------------------------------------------------------
+
+
+class Attempt:
+    """One attempt at a block of code: `with attempt:` around it.
+
+    Attributes:
+        number: 1 for the first.
+    """
+
+    __slots__ = ("_entered", "_opened", "_outcome", "_token", "number")
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+        self._entered = False
+        self._outcome: Outcome | None = None
+        self._opened: Token[Scope | None] | None = None
+        self._token: Token[int] | None = None
+
+    def __repr__(self) -> str:
+        return f"<attempt {self.number}>"
+
+    def set_result(self, result: object) -> None:
+        """Say what the block came to, for `on_result` and tenacity's predicates to judge."""
+        self._outcome = Outcome(result)
+
+    def __enter__(self) -> Attempt:
+        self._entered = True
+        self._opened = None if current_scope() is not None else open_scope(Scope())
+        self._token = ATTEMPT.set(self.number)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> bool:
+        if self._token is not None:
+            ATTEMPT.reset(self._token)
+        if self._opened is not None:
+            close_scope(self._opened)
+        if error is None:
+            return False
+        # What ends a loop would end ours too, if it came from there: it goes out from here. So do cancellation and exits.
+        if isinstance(error, Exception) and not isinstance(error, StopIteration | StopAsyncIteration):
+            self._outcome = Outcome(error=error)
+            return True
+        self._outcome = None
+        return False
+
+    def _taken(self) -> Outcome | None:
+        """What this attempt came to, once; `None` where there is nothing to judge."""
+        if not self._entered:
+            raise ConfigurationError(
+                "an attempt has not been made: what its loop holds would not be tried again.",
+                "Write `with attempt:` in the loop, around what is to be retried.",
+            )
+        outcome, self._outcome = self._outcome, None
+        return outcome
+
+
+class RetryContext:
+    """What `Retry.context` returns: each loop over it is a call."""
+
+    __slots__ = ("_name", "_retry")
+
+    def __init__(self, retry: Retry, name: str) -> None:
+        self._retry = retry
+        self._name = name
+
+    def __repr__(self) -> str:
+        return f"<retry of {self._name!r}>"
+
+    def __aiter__(self) -> AsyncIterator[Attempt]:
+        return _Attempts(self._retry, self._name)
+
+    def __iter__(self) -> Iterator[Attempt]:
+        return _Attempts(self._retry, self._name)
+
+
+class _Attempts:
+    """One loop. It holds nothing that would have to be given back where the loop is left early."""
+
+    __slots__ = ("_attempt", "_call", "_retry", "_run", "_started")
+
+    def __init__(self, retry: Retry, name: str) -> None:
+        self._retry = retry
+        self._call = Call(name, late=False)
+        self._attempt: Attempt | None = None
+        self._run: _Run | None = None
+        self._started = 0.0
+
+    def __aiter__(self) -> _Attempts:
+        return self
+
+    def __iter__(self) -> _Attempts:
+        return self
+
+    async def __anext__(self) -> Attempt:
+        if self._attempt is None:
+            return self._first()
+        outcome, clock = self._attempt._taken(), self._retry.clock
+        if outcome is None:
+            raise StopAsyncIteration
+        run = self._run = self._run or _Run(self._retry, self._call, self._started)
+        try:
+            try:
+                delay = run.decide(self._call, outcome) if run.own else await run.ask(self._call, outcome)
+            except Exception as error:
+                run.failed_to_decide(error, outcome)
+                raise
+            if delay is None:
+                if outcome.error is None:
+                    raise StopAsyncIteration
+                run.note(outcome.error)
+                raise outcome.error
+            try:
+                if delay > 0:
+                    await clock.sleep(delay)
+                elif run.attempts % _GIVE_WAY == 0:
+                    await clock.sleep(0)
+            except BaseException:
+                run.not_made()
+                raise
+        finally:
+            del outcome
+        return self._next()
+
+    def __next__(self) -> Attempt:
+        if self._attempt is None:
+            return self._first()
+        outcome = self._attempt._taken()
+        if outcome is None:
+            raise StopIteration
+        run = self._run = self._run or _Run(self._retry, self._call, self._started)
+        try:
+            try:
+                delay = (
+                    run.decide(self._call, outcome)
+                    if run.own
+                    else driven(run.ask(self._call, outcome), "an async tenacity strategy")
+                )
+            except Exception as error:
+                run.failed_to_decide(error, outcome)
+                raise
+            if delay is None:
+                if outcome.error is None:
+                    raise StopIteration
+                run.note(outcome.error)
+                raise outcome.error
+            try:
+                if delay > 0:
+                    self._retry.clock.block(delay)
+            except BaseException:
+                run.not_made()
+                raise
+        finally:
+            del outcome
+        return self._next()
+
+    def _first(self) -> Attempt:
+        self._started = self._retry.clock.now()
+        if self._retry.budget is not None:
+            self._retry.budget.deposit()
+        self._attempt = Attempt(1)
+        return self._attempt
+
+    def _next(self) -> Attempt:
+        assert self._attempt is not None
+        self._attempt = Attempt(self._attempt.number + 1)
+        return self._attempt
+
+
+# -- the innermost step of a retry that is alone around a function ----------------------------------------------------
+
+
+def _work(call: Call) -> Awaitable[Any]:
+    fn, args, kwargs = call.work
+    return numbered(call.attempt, fn, *args, **kwargs)
+
+
+def _work_sync(call: Call) -> Any:
+    fn, args, kwargs = call.work
+    result = _numbered_sync(call.attempt, fn, args, kwargs)
+    if type(result) is CoroutineType:
+        raise _unawaited(call.name, result)
+    return result
+
+
+def _numbered_sync(attempt: int, fn: Callable[..., R], args: tuple[Any, ...], kwargs: dict[str, Any]) -> R:
+    token = ATTEMPT.set(attempt)
+    try:
+        return fn(*args, **kwargs)
+    finally:
+        ATTEMPT.reset(token)
+
+
+def _unawaited(name: str, result: CoroutineType[Any, Any, Any]) -> ConfigurationError:
+    # It has not run at all: nobody is to count that as a success.
+    result.close()
+    return ConfigurationError(
+        f"the plain function that pipeline {name!r} calls has returned a coroutine.",
+        "Make it `async def`, so that the pipeline awaits it.",
+    )
+
+
+# -- reading what an attempt came to ----------------------------------------------------------------------------------
+
+
+def _type_of(outcome: Outcome, judgement: Judgement) -> str:
+    """One word for why there is another attempt, or none: the edge's, the error's, or that it was the result."""
+    return judgement.error_type or ("result" if outcome.error is None else error_type(outcome.error))
+
+
+def _seconds_of(after: object, clock: Clock) -> float:
+    """Seconds that `retry_after` of an error asks for, 0 where that is past, or nothing that can be waited for.
+
+    A number of seconds, both forms of the `Retry-After` header (https://www.rfc-editor.org/rfc/rfc9110#field.retry-after),
+    a `timedelta`, or a point in time (UTC where it has no zone).
+    """
+    try:
+        if isinstance(after, str):
+            text = after.strip()
+            after = float(text) if text.isascii() and text.isdigit() else email.utils.parsedate_to_datetime(text)
+        if isinstance(after, datetime):
+            aware = after if after.tzinfo is not None else after.replace(tzinfo=UTC)
+            seconds = aware.timestamp() - clock.time()
+        elif isinstance(after, timedelta):
+            seconds = after.total_seconds()
+        elif isinstance(after, int | float) and not isinstance(after, bool):
+            seconds = float(after)
+        else:
+            return 0.0
+    except (ArithmeticError, LookupError, TypeError, ValueError):
+        return 0.0
+    return seconds if 0 < seconds < math.inf else 0.0

@@ -1,0 +1,129 @@
+"""How many retries a destination bears: a share of the calls that it gets anyway."""
+
+from __future__ import annotations
+
+import math
+import threading
+import weakref
+from collections import deque
+from typing import cast
+
+from meshkit.core.clock import SYSTEM_CLOCK, Clock
+from meshkit.errors import ConfigurationError
+
+# Each call of the window is remembered, so the window is short. Finagle draws the same line.
+_LONGEST = 60.0
+
+_budgets: weakref.WeakSet[RetryBudget] = weakref.WeakSet()
+_budgets_lock = threading.Lock()
+
+
+def budgets() -> list[RetryBudget]:
+    """All retry budgets of this process that are alive: what a scrape reads."""
+    with _budgets_lock:
+        return list(_budgets)
+
+
+class RetryBudget:
+    """Let retries be a share of the calls to a destination, so that its outage does not multiply the load on it.
+
+    While few calls fail, the budget is never noticed; when most fail, at most `ratio` more of them reach the
+    destination than callers asked for, however many attempts each Retry would make. Give the same budget to every Retry
+    and Hedge towards one destination, and another one to the next. Threads and event loops may share it.
+
+    The numbers are Finagle's and Envoy's (20 % of the calls, a small floor, and Finagle's 10 s window); both count calls,
+    not attempts, and so does this. It is exact: each call and each retry counts for `window` seconds, for which 40 bytes
+    a call are kept.
+
+    Args:
+        name: the destination, for metrics and for the event that tells of an empty budget.
+        ratio: retries that each call of the window allows: 0.2 is one in five, 2.0 is two each, 0 is none.
+        window: how long a call and a retry count, seconds, up to 60.
+        at_least: retries that are allowed in each window whatever the calls are: what a quiet destination lives on.
+        clock: where time comes from.
+
+    Raises:
+        ConfigurationError: a value that cannot work.
+    """
+
+    __slots__ = ("__weakref__", "_calls", "_clock", "_lock", "_spent", "at_least", "name", "ratio", "window")
+
+    def __init__(
+        self,
+        name: str = "",
+        *,
+        ratio: float = 0.2,
+        window: float = 10.0,
+        at_least: int = 3,
+        clock: Clock = SYSTEM_CLOCK,
+    ) -> None:
+        if not isinstance(cast("object", name), str):
+            raise ConfigurationError(f"a budget's name is that of the destination, and {name!r} is none.")
+        if not 0 <= ratio < math.inf:
+            raise ConfigurationError(f"ratio is how many retries each call allows, so 0 or above, not {ratio}.")
+        if not 0 < window <= _LONGEST:
+            raise ConfigurationError(
+                f"window is how long a call counts, so above 0 up to {_LONGEST:g} s, not {window}."
+            )
+        if not isinstance(cast("object", at_least), int) or isinstance(at_least, bool) or at_least < 0:
+            raise ConfigurationError(f"at_least is a number of retries a window, so 0, 1, 2 …, not {at_least!r}.")
+        self.name = name
+        self.ratio = ratio
+        self.window = window
+        self.at_least = at_least
+        self._clock = clock
+        self._calls: deque[float] = deque()
+        self._spent: deque[float] = deque()
+        self._lock = threading.Lock()
+        with _budgets_lock:
+            _budgets.add(self)
+
+    def __repr__(self) -> str:
+        return (
+            f"RetryBudget({self.name!r}, ratio={self.ratio}, window={self.window}, at_least={self.at_least}, "
+            f"balance={self.balance})"
+        )
+
+    def deposit(self) -> None:
+        """Count a call. This is on the path of every call: an append, which takes no lock, and a look at the oldest."""
+        now = self._clock.now()
+        calls = self._calls
+        calls.append(now)
+        if calls[0] <= now - self.window:
+            with self._lock:
+                self._forget(now)
+
+    def withdraw(self) -> bool:
+        """Take one retry out of the budget; `False`, and nothing is taken, where there is none."""
+        with self._lock:
+            now = self._clock.now()
+            if self._left(now) < 1:
+                return False
+            self._spent.append(now)
+            return True
+
+    def give_back(self) -> None:
+        """Put back a retry that was withdrawn and then not made."""
+        with self._lock:
+            if self._spent:
+                self._spent.pop()
+
+    @property
+    def balance(self) -> int:
+        """Retries that could be made now."""
+        with self._lock:
+            return self._left(self._clock.now())
+
+    # -- with the lock held: nothing in here waits, or calls a user's code --------------------------------------------
+
+    def _left(self, now: float) -> int:
+        self._forget(now)
+        # A hair more, because a tenth of thirty is to be three, whatever binary fractions make of it.
+        allowed = max(self.at_least, int(self.ratio * len(self._calls) + 1e-9))
+        return max(0, allowed - len(self._spent))
+
+    def _forget(self, now: float) -> None:
+        until = now - self.window
+        for counted in (self._calls, self._spent):
+            while counted and counted[0] <= until:
+                counted.popleft()

@@ -1,0 +1,230 @@
+import asyncio
+import gc
+import math
+import threading
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from meshkit import ConfigurationError, RetryBudget
+from meshkit.policies.retry_budget import budgets
+from meshkit.testing.clock import ManualClock
+
+
+@pytest.mark.parametrize("ratio", [0.1, 0.5, 0.25, 0.75, 0.99, 0.999, 0.9999, 0.01, 0.001, 0.0001])
+def test_a_share_of_the_calls_can_be_retried(clock, ratio):
+    """Of 10,000 calls in one window, each followed by an attempt to retry, `ratio` of them can: as Finagle's
+    `RetryBudgetTest` "apply minRetriesPerSec=0"."""
+    budget = RetryBudget(ratio=ratio, at_least=0, clock=clock)
+    assert 0 == budget.balance
+    assert not budget.withdraw()
+    retried = 0
+    for _ in range(10_000):
+        budget.deposit()
+        if budget.withdraw():
+            retried += 1
+        else:
+            assert 0 == budget.balance
+    assert round(10_000 * ratio) == retried
+
+
+def test_an_empty_budget_allows_nothing(clock):
+    """Without a share and without a floor no retry is ever made: as Finagle's `RetryBudgetTest` "Empty" and "apply
+    minRetriesPerSec=0 maxPercentOver=0 should be empty"."""
+    budget = RetryBudget(ratio=0, at_least=0, clock=clock)
+    assert not budget.withdraw()
+    budget.deposit()
+    assert 0 == budget.balance
+    assert not budget.withdraw()
+
+
+def test_a_call_may_allow_several_retries(clock):
+    """A ratio above 1 allows more retries than calls: as Finagle's `RetryBudgetTest` "apply minRetries=0
+    maxPercentOver greater than 1.0"."""
+    budget = RetryBudget(ratio=2.0, at_least=0, clock=clock)
+    assert not budget.withdraw()
+    for _ in range(10_000):
+        budget.deposit()
+    assert 20_000 == budget.balance
+
+
+def test_a_floor_is_there_without_any_calls(clock):
+    """`at_least` retries a window need no calls: as Finagle's `RetryBudgetTest` "apply with minRetries and
+    maxPercentOver=0"."""
+    budget = RetryBudget(ratio=0, at_least=10, clock=clock)
+    assert 10 == budget.balance
+    assert [True] * 10 + [False] == [budget.withdraw() for _ in range(11)]
+
+
+def test_the_larger_of_floor_and_share_holds(clock):
+    """The floor is not on top of the share (Finagle adds them, `RetryBudgetTest` "apply with minRetries and
+    maxPercentOver"): a destination with traffic bears the share and no more."""
+    budget = RetryBudget(ratio=0.1, at_least=3, clock=clock)
+    for _ in range(30):
+        budget.deposit()
+    assert 3 == budget.balance
+    for _ in range(10):
+        budget.deposit()
+    assert 4 == budget.balance
+
+
+async def test_the_floor_allows_a_retry_although_the_share_is_exceeded(clock):
+    """One call, and one retry of the two that the floor has is spent: the other is allowed, no third, as failsafe-go's
+    `TestBudget` "when minConcurrency floor allows permit despite rate exceeded"."""
+    budget = RetryBudget(ratio=0.5, at_least=2, clock=clock)
+    budget.deposit()
+    assert budget.withdraw()
+    assert budget.withdraw()
+    assert not budget.withdraw()
+
+
+def test_what_was_taken_can_be_given_back(clock):
+    """A retry that was not made after all is there again: as failsafe-go's `TestBudget` "should acquire and release
+    permit". Giving back what nobody took adds nothing."""
+    budget = RetryBudget(ratio=0.5, at_least=1, clock=clock)
+    assert budget.withdraw()
+    assert not budget.withdraw()
+    budget.give_back()
+    budget.give_back()
+    assert budget.withdraw()
+    assert not budget.withdraw()
+
+
+async def test_calls_and_retries_count_for_one_window(clock):
+    """A call and a retry count up to, and not at, `window` seconds: as the ttl of Finagle's `RetryBudget`."""
+    budget = RetryBudget(ratio=1.0, window=10.0, at_least=0, clock=clock)
+    budget.deposit()
+    await clock.advance(9.999)
+    assert 1 == budget.balance
+    assert budget.withdraw()
+    budget.deposit()
+    assert 1 == budget.balance
+    await clock.advance(0.001)
+    assert 0 == budget.balance
+    await clock.advance(9.998)
+    assert 0 == budget.balance
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        ({"ratio": -1.0}, "0 or above"),
+        ({"ratio": math.nan}, "0 or above"),
+        ({"ratio": math.inf}, "0 or above"),
+        ({"window": 0}, "above 0 up to 60"),
+        ({"window": 61}, "above 0 up to 60"),
+        ({"window": math.nan}, "above 0 up to 60"),
+        ({"at_least": -1}, "0, 1, 2"),
+        ({"at_least": 0.5}, "0, 1, 2"),
+        ({"at_least": True}, "0, 1, 2"),
+        ({"name": 3}, "destination"),
+    ],
+)
+def test_wrong_options_say_what_would_be_right(wrong, said):
+    """A value that cannot work is refused when the budget is made: as Finagle's `RetryBudgetTest` "apply ttl bounds
+    check", "apply minRetriesPerSec bounds check" and "apply maxPercentOver bounds"."""
+    with pytest.raises(ConfigurationError, match=said):
+        RetryBudget(**wrong)
+
+
+STEPS = st.one_of(
+    st.just("call"),
+    st.just("retry"),
+    st.just("give back"),
+    st.sampled_from([0.001, 0.5, 1.0, 2.5, 4.999, 5.0, 5.001, 60.0]),
+)
+
+
+@given(
+    steps=st.lists(STEPS, max_size=80),
+    ratio=st.sampled_from([0.0, 0.1, 0.2, 0.29, 0.5, 1.0, 2.0]),
+    at_least=st.integers(0, 4),
+)
+def test_it_is_what_a_naive_list_says(steps, ratio, at_least):
+    """After any sequence of calls, retries and pauses the balance is what comes out of counting everything anew."""
+    clock = ManualClock(start=0.0)
+    budget = RetryBudget(ratio=ratio, window=5.0, at_least=at_least, clock=clock)
+    calls: list[float] = []
+    retries: list[float] = []
+
+    def naive():
+        now = clock.now()
+        counted = sum(1 for at in calls if at > now - 5.0)
+        spent = sum(1 for at in retries if at > now - 5.0)
+        share = math.floor(round(counted * ratio, 6))
+        return max(max(at_least, share) - spent, 0)
+
+    for step in steps:
+        if step == "call":
+            calls.append(clock.now())
+            budget.deposit()
+        elif step == "retry":
+            allowed = naive() > 0
+            if allowed:
+                retries.append(clock.now())
+            assert allowed == budget.withdraw()
+        elif step == "give back":
+            budget.give_back()
+            if any(at > clock.now() - 5.0 for at in retries):
+                retries.pop()
+        else:
+            clock.block(step)
+        assert naive() == budget.balance
+
+
+def test_threads_share_a_budget_to_the_last_retry():
+    """32 threads count their calls and take their retries: none is lost, and none is given twice."""
+    budget = RetryBudget(ratio=0.25, window=60.0, at_least=0)
+    start, taken = threading.Barrier(32), []
+
+    def work():
+        start.wait()
+        for _ in range(200):
+            budget.deposit()
+        start.wait()
+        taken.append(sum(budget.withdraw() for _ in range(100)))
+
+    threads = [threading.Thread(target=work) for _ in range(32)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert 32 * 200 * 0.25 == sum(taken)
+    assert 0 == budget.balance
+
+
+def test_two_event_loops_share_a_budget():
+    """It holds nothing of an event loop: two of them in two threads draw on one."""
+    budget, taken = RetryBudget(ratio=0, at_least=10), []
+
+    async def draw():
+        for _ in range(10):
+            await asyncio.sleep(0)
+            taken.append(budget.withdraw())
+
+    threads = [threading.Thread(target=lambda: asyncio.run(draw())) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert 10 == sum(taken)
+
+
+def test_memory_is_bound_by_the_window(clock):
+    """Calls that no longer count are forgotten also where nobody ever retries."""
+    budget = RetryBudget(window=1.0, clock=clock)
+    for _ in range(10_000):
+        budget.deposit()
+        clock.block(0.01)
+    assert 101 >= len(budget._calls)
+
+
+def test_a_scrape_sees_the_budgets_that_are_alive(clock):
+    """`budgets()` lists every budget under its name, and forgets those that nobody holds any more."""
+    budget = RetryBudget("prices", clock=clock)
+    assert budget in budgets()
+    assert "RetryBudget('prices', ratio=0.2, window=10.0, at_least=3, balance=3)" == repr(budget)
+    del budget
+    gc.collect()
+    assert "prices" not in [known.name for known in budgets()]
