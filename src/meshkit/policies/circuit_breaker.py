@@ -47,8 +47,6 @@ _STATES: Final[dict[str, CircuitState]] = {
 }
 _OPEN_AT_MOST: Final = 300.0
 _NEVER: Final = -math.inf
-# With a factor of 2 this is longer than any clock runs; the power is taken of no higher number.
-_MOST_ROUNDS: Final = 64
 
 
 class CircuitOpenError(RejectedError, pybreaker.CircuitBreakerError):
@@ -114,9 +112,16 @@ class _Storage(pybreaker.CircuitMemoryStorage):
 
     @property
     def counter(self) -> int:
-        # Without our lock: pybreaker may ask while it holds its own.
         owner = self._owner()
-        return 0 if owner is None else owner._window.totals(owner._clock.now()).failures
+        if owner is None:
+            return 0
+        # Never waits for our lock: pybreaker may ask while it holds its own, which is then waited for under ours.
+        if not owner._lock.acquire(blocking=False):
+            return owner._window.totals(owner._clock.now()).failures
+        try:
+            return owner._totals().failures
+        finally:
+            owner._lock.release()
 
 
 class _Tally:
@@ -199,9 +204,14 @@ class CircuitBreaker:
     back. Results of calls that began in an earlier period are dropped. It guards coroutine functions, plain functions
     and async generators (judged at their end) as a decorator, and a block of code by `calling()`.
 
+    A call made within another one of the same breaker is a call of its own. In half-open it needs a place of its own
+    among the `concurrent_probes` too, so where calls are nested n deep, have at least n of them: with fewer, the outer
+    probe gets the rejection of the inner one, which says nothing, and the circuit does not close.
+
     Args:
         name: what it guards, for events, metrics and errors.
-        failure_rate: opens when this share of the calls in the window failed, above 0 up to 1.
+        failure_rate: opens when this share of the calls in the window failed, above 0 up to 1. It is looked at when a
+            call has failed or was slow: a success opens nothing, also where it is the call that makes up `min_calls`.
         min_calls: judges only once the window holds so many calls.
         window: how many calls the window holds; 20 where neither this nor `window_for` is given.
         window_for: seconds that the window reaches back, instead of a number of calls.
@@ -344,7 +354,7 @@ class CircuitBreaker:
         self._counts = {"success": 0, "failure": 0, "ignored": 0, "rejected": 0, "shadowed": 0}
         self._opens_at = 0.0
         self._length = open_for
-        self._rounds = 0
+        self._grown = open_for
         self._probed_at = 0.0
         self._probing = 0
         self._passed = 0
@@ -461,7 +471,7 @@ class CircuitBreaker:
             self._leave_mode(events)
             self._fold()
             self._length = length
-            self._rounds = 0
+            self._grown = self.open_for
             if self._state == "open":
                 self._opens_at = self._clock.now() + length
                 self._publish()
@@ -515,10 +525,10 @@ class CircuitBreaker:
         token = self._gate.free
         if token is None:
             token = self._acquire()
-        if call.late:
-            self._record_at_end(token, call)
-            return await call_next(call)
         started = self._started()
+        if call.late:
+            self._record_at_end(token, call, started)
+            return await call_next(call)
         try:
             result = await call_next(call)
         except Exception as error:
@@ -526,7 +536,7 @@ class CircuitBreaker:
             raise
         except BaseException:
             # Cancelled: by the caller, or by a timeout further out, which the end of the call will tell.
-            self._record_at_end(token, call)
+            self._record_at_end(token, call, started)
             raise
         if self._gate.free is token and call.judge is None:
             token()
@@ -538,10 +548,10 @@ class CircuitBreaker:
         token = self._gate.free
         if token is None:
             token = self._acquire()
-        if call.late:
-            self._record_at_end(token, call)
-            return call_next(call)
         started = self._started()
+        if call.late:
+            self._record_at_end(token, call, started)
+            return call_next(call)
         try:
             result = call_next(call)
         except Exception as error:
@@ -549,7 +559,7 @@ class CircuitBreaker:
             raise
         except BaseException:
             # Cancelled: by the caller, or by a timeout further out, which the end of the call will tell.
-            self._record_at_end(token, call)
+            self._record_at_end(token, call, started)
             raise
         if self._gate.free is token and call.judge is None:
             token()
@@ -637,8 +647,8 @@ class CircuitBreaker:
     def _started(self) -> float:
         return 0.0 if self.slow_after is None else self._clock.now()
 
-    def _record_at_end(self, token: _Token, call: Call) -> None:
-        scope, started, judge = current_scope(), self._started(), call.judge
+    def _record_at_end(self, token: _Token, call: Call, started: float) -> None:
+        scope, judge = current_scope(), call.judge
         call.on_end(lambda outcome: self._record(token, outcome, judge, started, scope))
 
     def _record(
@@ -806,19 +816,21 @@ class CircuitBreaker:
 
     def _renew(self) -> None:
         """Begin another period: what is under way now counts no more."""
+        # First, so that nobody adds to a tally that has been read for the last time.
+        self._gate.free = None
         self._fold()
         self._period = _Tally()
         self._folded = 0
         self._probing = self._passed = 0
 
     def _lasting(self, after: float | None) -> float:
-        length = min(self.open_for * self.open_backoff ** min(self._rounds, _MOST_ROUNDS), self.open_at_most)
-        if after is not None and self.heed_retry_after:
-            length = max(length, min(after, self.open_at_most))
-        return length
+        if after is None or not self.heed_retry_after:
+            return self._grown
+        return max(self._grown, min(after, self.open_at_most))
 
     def _reopen(self, after: float | None, events: list[Event]) -> None:
-        self._rounds += 1
+        # Step by step: a power of it may be more than a float holds.
+        self._grown = min(self._grown * self.open_backoff, self.open_at_most)
         self._length = self._lasting(after)
         self._go("open", events)
 
@@ -853,11 +865,14 @@ class CircuitBreaker:
             self._arm()
         elif state == "closed":
             self._window.clear()
-            self._rounds = 0
+            self._grown = self.open_for
         if state != "open":
             # For whoever opens `core` by hand.
             self._length = self.open_for
         self._publish()
+        if self._mode is not None:
+            # Isolated or disabled it stays, whatever somebody does to `core`.
+            return
         events.append(
             CircuitChanged(
                 source=self.name,
@@ -891,8 +906,12 @@ class CircuitBreaker:
         events: list[Event] = []
         with self._lock:
             self._follow(events)
-            if self._mode is None and self._state == "open" and self._clock.now() >= self._opens_at:
-                self._go("half_open", events)
+            if self._mode is None and self._state == "open":
+                if self._clock.now() >= self._opens_at:
+                    self._go("half_open", events)
+                else:
+                    # Some event loops call a little early: uvloop counts in milliseconds.
+                    self._arm()
         self._tell(events)
 
     def _publish(self) -> None:
@@ -928,7 +947,10 @@ class CircuitBreaker:
                 try:
                     # pybreaker hands over state objects, whose `name` listeners read.
                     listener.state_change(self.core, cast("Any", _Named(event.old)), cast("Any", _Named(event.new)))
-                except Exception:
+                except (KeyboardInterrupt, SystemExit):
+                    raise
+                except BaseException:
+                    # A CancelledError too: nothing here awaits, so it is none of the call's own.
                     _log.warning("a pybreaker listener of %r failed; the call goes on", self.name, exc_info=True)
 
 
