@@ -90,6 +90,7 @@ class Step:
     Attributes:
         position: 1 for the outermost.
         path: names of the nested pipelines it is in, the outer one left out.
+        nested: which of the pipelines directly in the outer one it is in, from 1; 0 for none.
         kind: what it is.
         settings: all else that it says of itself.
         allow: findings about it that are wanted, with the reason.
@@ -97,6 +98,7 @@ class Step:
 
     position: int
     path: tuple[str, ...]
+    nested: int = 0
     kind: str
     settings: Mapping[str, Any]
     allow: Mapping[str, str] = field(default_factory=dict[str, str])
@@ -220,7 +222,7 @@ def checked_allow(allow: Mapping[str, str]) -> dict[str, str]:
 def nearest(wrong: str, right: Iterable[str]) -> str:
     """A sentence that names what somebody may have meant, or all there is."""
     known = sorted(right)
-    near = difflib.get_close_matches(wrong, known, n=3, cutoff=0.6)
+    near = difflib.get_close_matches(wrong, known, cutoff=0.8) or difflib.get_close_matches(wrong, known, n=1)
     if near:
         return f"Did you mean {' or '.join(near)}?"
     return f"There is {', '.join(known)}." if known else "There is none."
@@ -229,18 +231,19 @@ def nearest(wrong: str, right: Iterable[str]) -> str:
 def warn(explanation: Explanation) -> None:
     """Log what was found and is not wanted: one line a pipeline, and the same line once a process, because a client
     makes a pipeline for each host."""
-    nested = {step.path[0] for step in explanation.steps if step.path}
     said = [
         finding
         for finding in explanation.findings
-        if not finding.allowed
-        # What a nested pipeline has said when it was built.
-        and not any(
-            all(explanation.steps[position - 1].path[:1] == (name,) for position in finding.steps) for name in nested
-        )
+        # What is all in one nested pipeline, that has said itself when it was built.
+        if not finding.allowed and not _within_one(explanation.steps, finding)
     ]
     if said:
         _say_once(f"pipeline {explanation.name!r}: {' / '.join(map(str, said))}")
+
+
+def _within_one(steps: Sequence[Step], finding: Finding) -> bool:
+    nested = {steps[position - 1].nested for position in finding.steps}
+    return len(nested) == 1 and nested != {0}
 
 
 @functools.lru_cache(maxsize=256)
@@ -252,29 +255,33 @@ def _say_once(text: str) -> None:
 
 
 def _steps(described: Mapping[str, object]) -> Iterator[Step]:
-    position = 0
+    position = nested = 0
 
     def walk(policy: Mapping[str, Any], path: tuple[str, ...], allow: Mapping[str, str]) -> Iterator[Step]:
-        nonlocal position
+        nonlocal position, nested
         inner = policy.get("policies")
-        if isinstance(inner, Iterable) and not isinstance(inner, str):
+        holds = isinstance(inner, Iterable) and not isinstance(inner, str)
+        if holds:
             allow = {**allow, **policy.get("allow", {})}
-            if policy.get("kind") != "pipeline":
-                position += 1
-                yield _step(policy, position, path, allow)
-            within = path if policy is described else (*path, str(policy.get("name", policy.get("kind", ""))))
-            for one in cast("Iterable[Mapping[str, Any]]", inner):
-                yield from walk(one, within, allow)
-        else:
+        if not holds or policy.get("kind") != "pipeline":
             position += 1
-            yield _step(policy, position, path, allow)
+            yield Step(
+                position=position,
+                path=path,
+                nested=nested if path else 0,
+                kind=str(policy.get("kind", "policy")),
+                settings={key: value for key, value in policy.items() if key not in ("kind", "policies", "allow")},
+                allow=allow,
+            )
+        if holds:
+            outermost = policy is described
+            for one in cast("Iterable[Mapping[str, Any]]", inner):
+                nested += outermost
+                yield from walk(
+                    one, () if outermost else (*path, str(policy.get("name", policy.get("kind", "")))), allow
+                )
 
     yield from walk(described, (), {})
-
-
-def _step(policy: Mapping[str, Any], position: int, path: tuple[str, ...], allow: Mapping[str, str]) -> Step:
-    settings = {key: value for key, value in policy.items() if key not in ("kind", "policies", "allow")}
-    return Step(position=position, path=path, kind=str(policy.get("kind", "policy")), settings=settings, allow=allow)
 
 
 def _judged(finding: Finding, steps: Sequence[Step]) -> Finding:

@@ -12,6 +12,23 @@ from meshkit.errors import ConfigurationError
 T = TypeVar("T")
 _CREDENTIALS: Final = re.compile(r"//\S*@")
 
+# The units of a length of time, in seconds.
+UNITS: Final = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86_400.0}
+_LENGTH: Final = re.compile(r"(\d+(?:\.\d+)?)\s*(ms|s|m|h|d)?")
+
+
+def seconds(text: str) -> float:
+    """Read a length of time: `"250ms"`, `"10s"`, `"1.5m"`, `"2h"`, `"1d"`, or a number of seconds.
+
+    Raises:
+        ValueError: the text is none.
+    """
+    match = _LENGTH.fullmatch(text.strip())
+    if match is None:
+        raise ValueError('a length of time is a number of seconds, or one with a unit: "250ms", "10s", "1.5m"')
+    length, unit = match.groups()
+    return round(float(length) * UNITS[unit or "s"], 6)
+
 
 def setting(name: str, argument: T | None, *, parse: Callable[[str], T], default: T, otel: str = "") -> T:
     """The value of one setting.

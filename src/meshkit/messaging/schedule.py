@@ -12,13 +12,13 @@ from dataclasses import dataclass
 from typing import Final
 
 from meshkit.core.clock import Clock
+from meshkit.core.settings import UNITS
 from meshkit.errors import ConfigurationError
 
 DEFAULT: Final = "50ms, 10s*3, 1m*3, 10m*2"
 MOST_ATTEMPTS: Final = 1000
 RUNG_PREFIX: Final = "meshkit.delay."
 
-_SECONDS: Final = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86_400.0}
 _STEP: Final = re.compile(r"\s*(\d+(?:\.\d+)?)\s*(ms|s|m|h|d)\s*(?:\*\s*(\d+))?\s*")
 # Longer ones would hold a slot of the prefetch for too long, and are lost to a crash.
 _LONGEST_IN_PROCESS: Final = 1.0
@@ -108,7 +108,7 @@ class Schedule:
                     f"{written.strip()!r} in the retry schedule {text!r} repeats {count} times.",
                     f"A step is taken 1 to {MOST_ATTEMPTS - 1} times.",
                 )
-            steps.extend([round(float(length) * _SECONDS[unit], 3)] * count)
+            steps.extend([round(float(length) * UNITS[unit], 3)] * count)
         return cls(steps=tuple(steps), jitter=jitter)
 
     @property
