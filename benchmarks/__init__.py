@@ -4,6 +4,8 @@ Each file of this folder is a bench: a docstring, the rows it declares (``ROWS``
 is needed and gives a sample function per contender. The contenders are measured in turn, round by round, so that whatever else the
 machine does meets all of them; a row's ratio is taken inside a round, and its median over the rounds is held against the target. What is
 counted is processor time of the measured process, which does not move when other work takes the processors away for a while.
+
+A bench may also have ``behaviour()``: tables, by name, of what its contenders do where a speed alone would say too little.
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-__all__ = ["MICROSECOND", "Row", "Sample", "compare", "each_async", "each_sync"]
+__all__ = ["MICROSECOND", "Row", "Sample", "compare", "each_async", "each_sync", "present"]
 
 # One round of one contender: its processor seconds an operation.
 Sample = Callable[[], float]
@@ -37,6 +39,12 @@ class Row:
     what: str
     against: str
     target: float | None
+
+
+def present(rows: Sequence[Row], contenders: Mapping[str, Sample]) -> list[Row]:
+    """The rows whose contenders are there. Only one that has a target must be: another library may be missing here."""
+    there = {*contenders, MICROSECOND}
+    return [row for row in rows if row.target is not None or {row.what, row.against} <= there]
 
 
 def compare(rows: Sequence[Row], contenders: Mapping[str, Sample], *, rounds: int) -> list[dict[str, object]]:
@@ -102,15 +110,15 @@ def _many(run: Callable[[int], float]) -> Sample:
 
     def sample() -> float:
         nonlocal count
-        if count == 0:
-            # How many operations fill a round is found once, by doubling.
-            count = 1
-            while run(count) < _ROUND / 4:
-                count *= 2
-            count *= 4
         gc.collect()
         gc.disable()
         try:
+            if count == 0:
+                # How many operations fill a round is found once, by doubling.
+                count = 1
+                while run(count) < _ROUND / 4:
+                    count *= 2
+                count *= 4
             return run(count) / count
         finally:
             gc.enable()

@@ -7,6 +7,7 @@ import importlib
 import json
 import pkgutil
 import sys
+from collections.abc import Mapping, Sequence
 from typing import NoReturn
 
 import benchmarks
@@ -41,14 +42,18 @@ def main() -> int:
         parser.error(f"there is no bench {options.name!r}; there are {', '.join(names())}")
     if options.rounds < 1:
         parser.error(f"--rounds is how often each contender is measured, so 1 or above, not {options.rounds}")
-    answers = []
+    answers: list[dict[str, object]] = []
+    tables: dict[str, list[dict[str, object]]] = {}
     for name in wanted:
         print(f"bench: {name}, {options.rounds} rounds", file=sys.stderr)
         bench = importlib.import_module(f"benchmarks.{name}")
         with bench.contenders() as contenders:
-            answers += benchmarks.compare(bench.ROWS, contenders, rounds=options.rounds)
+            rows = benchmarks.present(bench.ROWS, contenders)
+            answers += benchmarks.compare(rows, contenders, rounds=options.rounds)
+        if hasattr(bench, "behaviour"):
+            tables |= bench.behaviour()
     if options.json:
-        print(json.dumps({"rows": answers}))
+        print(json.dumps({"rows": answers, **({"behaviour": tables} if tables else {})}))
         return 0
     for answer in answers:
         target = (
@@ -58,7 +63,18 @@ def main() -> int:
         )
         ratio = f"{answer['ratio']:8.3f} ({answer['low']:.3f}–{answer['high']:.3f})"
         print(f"{answer['what']} ÷ {answer['against']}\n  {ratio}  {target}")
+    for table in tables.values():
+        print(f"\n{_drawn(table)}")
     return 0
+
+
+def _drawn(table: Sequence[Mapping[str, object]]) -> str:
+    """A table in columns: what the rows call their values stands on top."""
+    lines = [[*table[0]], *([str(value) for value in row.values()] for row in table)]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return "\n".join(
+        "  ".join(word.ljust(width) for word, width in zip(line, widths, strict=True)).rstrip() for line in lines
+    )
 
 
 if __name__ == "__main__":

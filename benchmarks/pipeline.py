@@ -24,10 +24,10 @@ async def _nothing() -> None: ...
 def contenders() -> Iterator[Mapping[str, Sample]]:
     standard = meshkit.Pipeline(
         "bench",
-        meshkit.Timeout(seconds=30),
+        meshkit.Timeout(total=30),
         meshkit.Retry(attempts=3),
         meshkit.CircuitBreaker("bench"),
-        meshkit.Timeout(seconds=5),
+        meshkit.Timeout(5),
     )
     empty = meshkit.Pipeline("empty")
     # What it says of the type of what it makes holds for all that it can decorate at once.

@@ -80,10 +80,10 @@ def test_a_bench_prints_only_json_on_stdout_when_asked() -> None:
     """With --json stdout is one JSON object with all the rows of the bench; wrong usage is one line and exit code 2."""
     command = [sys.executable, "-m", "benchmarks"]
     done = subprocess.run(
-        [*command, "breaker", "--json", "--rounds", "1"], cwd=ROOT, capture_output=True, text=True, check=True
+        [*command, "pipeline", "--json", "--rounds", "1"], cwd=ROOT, capture_output=True, text=True, check=True
     )
     rows = json.loads(done.stdout)["rows"]
-    assert [row.what for row in importlib.import_module("benchmarks.breaker").ROWS] == [row["what"] for row in rows]
+    assert [row.what for row in importlib.import_module("benchmarks.pipeline").ROWS] == [row["what"] for row in rows]
     assert all({"what", "against", "ratio", "low", "high", "target"} == row.keys() for row in rows)
     for words in (["nothing"], ["--json"]):
         wrong = subprocess.run([*command, *words], cwd=ROOT, capture_output=True, text=True, check=False)
