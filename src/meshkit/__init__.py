@@ -2,7 +2,7 @@
 
 The public names stand here, each with the module it lives in, and are loaded when first used: `import meshkit` alone
 loads no third-party library. What plugs into a library is a module of that library's name (`meshkit.httpx`,
-`meshkit.fastapi`, `meshkit.rabbitmq`, `meshkit.sqlalchemy`), loaded the same way.
+`meshkit.fastapi`, `meshkit.rabbitmq`, `meshkit.redis`, `meshkit.sqlalchemy`), loaded the same way.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from meshkit import fastapi as fastapi
     from meshkit import httpx as httpx
     from meshkit import rabbitmq as rabbitmq
+    from meshkit import redis as redis
     from meshkit import sqlalchemy as sqlalchemy
     from meshkit import telemetry as telemetry
     from meshkit import testing as testing
@@ -65,6 +66,7 @@ if TYPE_CHECKING:
     from meshkit.policies.retry import Retry as Retry
     from meshkit.policies.retry import retry_end as retry_end
     from meshkit.policies.retry_budget import RetryBudget as RetryBudget
+    from meshkit.policies.shared_state import SharedState as SharedState
     from meshkit.policies.timeout import Timeout as Timeout
 
 # Name → the module it lives in. A test holds this against the imports above, which type checkers read.
@@ -108,9 +110,10 @@ _PUBLIC = {
     "CircuitBreakers": "meshkit.policies.keyed",
     **dict.fromkeys(("Backoff", "Retry", "retry_end"), "meshkit.policies.retry"),
     "RetryBudget": "meshkit.policies.retry_budget",
+    "SharedState": "meshkit.policies.shared_state",
     "Timeout": "meshkit.policies.timeout",
 }
-_MODULES = ("embedded", "fastapi", "httpx", "rabbitmq", "sqlalchemy", "telemetry", "testing", "worker")
+_MODULES = ("embedded", "fastapi", "httpx", "rabbitmq", "redis", "sqlalchemy", "telemetry", "testing", "worker")
 
 __all__ = [  # pyright: ignore[reportUnsupportedDunderAll] - made from the table, which a test holds against the imports
     "__version__",

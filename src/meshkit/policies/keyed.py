@@ -134,10 +134,10 @@ class CircuitBreakers:
                 return found
             if len(self._kept) >= self.most and not self._forget_one(key):
                 # While all are ordered to reject, that holds for this key too.
-                return self._gate if self._ordered() else None
+                return self._gate if self.ordered else None
             made = self._make(self.name if self._named is None else self._named(key))
             self._kept[key] = made
-            ordered = self._ordered()
+            ordered = self.ordered
         if ordered:
             self._obey(made)
         return made
@@ -191,6 +191,14 @@ class CircuitBreakers:
 
     # -- by hand, for all keys, those to come included ----------------------------------------------------------------
 
+    @property
+    def ordered(self) -> bool:
+        """Whether something was ordered for all keys and still holds."""
+        with self._lock:
+            if self._order == "force_open" and self._clock.now() >= self._until:
+                self._order = self._gate = None
+            return self._order is not None
+
     def force_open(self, seconds: float | None = None) -> None:
         """Reject the calls of all keys for `seconds` (`open_for` where left out), then probe as usual.
 
@@ -228,11 +236,6 @@ class CircuitBreakers:
             present = list(self._kept.values())
         for breaker in present:
             self._obey(breaker)
-
-    def _ordered(self) -> bool:
-        if self._order == "force_open" and self._clock.now() >= self._until:
-            self._order = self._gate = None
-        return self._order is not None
 
     def _obey(self, breaker: CircuitBreaker) -> None:
         if self._order == "isolate":
