@@ -43,7 +43,7 @@ import urllib.parse
 import urllib.request
 from collections import OrderedDict
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Final, Literal, Self, TypedDict, Unpack, cast, overload
@@ -66,6 +66,7 @@ from meshkit.errors import (
 from meshkit.policies.circuit_breaker import CircuitBreaker
 from meshkit.policies.fallback import Fallback
 from meshkit.policies.retry import Retry
+from meshkit.policies.retry_budget import RetryBudget
 from meshkit.policies.timeout import Timeout
 
 if TYPE_CHECKING:
@@ -127,6 +128,7 @@ class _Policies(TypedDict, total=False):
     timeout: float | None
     attempt_timeout: float | None
     retry: Retry | None
+    budget: RetryBudget | Literal["per-host"] | None
     breaker: CircuitBreaker | Literal["per-host"] | None
     fallback: Fallback | Callable[[Outcome], Any] | None
     pipeline: Pipeline | None
@@ -167,6 +169,7 @@ def transport(
     timeout: float | None = 30.0,
     attempt_timeout: float | None = 5.0,
     retry: Retry | None = STANDARD_RETRY,
+    budget: RetryBudget | Literal["per-host"] | None = "per-host",
     breaker: CircuitBreaker | Literal["per-host"] | None = "per-host",
     fallback: Fallback | Callable[[Outcome], Any] | None = None,
     pipeline: Pipeline | None = None,
@@ -184,10 +187,13 @@ def transport(
         attempt_timeout: seconds for one attempt, until the headers of its response; `None` for no limit. The body that
             follows is bounded by `timeout` and by the client's own read timeout.
         retry: `None` for none. The standard one makes 3 attempts with growing waits of random length.
+        budget: how many retries a host bears: one of your own, `None` for any number, or one for each host, which lets
+            retries be a fifth of the calls of the last 10 s, and 3 where those are few. A `Retry` that has a budget
+            keeps it.
         breaker: one of your own, `None` for none, or one for each host, of which the 128 used last are kept.
         fallback: a function (plain or async) of the `Outcome` that failed, which returns a response of the library; or
             a `Fallback`, where the name of the mark matters. It runs outside of `timeout`.
-        pipeline: instead of the four above (`timeout` stays): policies that you put together. They find what a failure
+        pipeline: instead of the five above (`timeout` stays): policies that you put together. They find what a failure
             is by the table of this module, where they have no rule of their own.
         inner: the transport that does the work; made from the connection settings where left out.
         library: "httpx" or "httpx2"; that of `inner`, or httpx, where left out.
@@ -209,6 +215,7 @@ def transport(
         timeout=timeout,
         attempt_timeout=attempt_timeout,
         retry=retry,
+        budget=budget,
         breaker=breaker,
         fallback=fallback,
         pipeline=pipeline,
@@ -232,6 +239,7 @@ def client(
     timeout: float | None = 30.0,
     attempt_timeout: float | None = 5.0,
     retry: Retry | None = STANDARD_RETRY,
+    budget: RetryBudget | Literal["per-host"] | None = "per-host",
     breaker: CircuitBreaker | Literal["per-host"] | None = "per-host",
     fallback: Fallback | Callable[[Outcome], Any] | None = None,
     pipeline: Pipeline | None = None,
@@ -245,8 +253,8 @@ def client(
     Args:
         name: what is called, for events, metrics, spans and errors. The breaker of `base_url`'s host has this name.
         base_url: as the client takes it.
-        timeout, attempt_timeout, retry, breaker, fallback, pipeline, inner, library, clock: as `transport` takes them.
-            The client's own timeouts (connect, read, write, pool) are `attempt_timeout` each.
+        timeout, attempt_timeout, retry, budget, breaker, fallback, pipeline, inner, library, clock: as `transport` takes
+            them. The client's own timeouts (connect, read, write, pool) are `attempt_timeout` each.
         settings: the connection settings that `transport` takes, and the client's own (`auth`, `headers`, `cookies`,
             `params`, `follow_redirects`, `max_redirects`, `event_hooks`, `default_encoding`, `mounts`).
 
@@ -270,6 +278,7 @@ def client(
         timeout=timeout,
         attempt_timeout=attempt_timeout,
         retry=retry,
+        budget=budget,
         breaker=breaker,
         fallback=fallback,
         pipeline=pipeline,
@@ -365,6 +374,7 @@ def _make(
     timeout: float | None,
     attempt_timeout: float | None,
     retry: Retry | None,
+    budget: RetryBudget | Literal["per-host"] | None,
     breaker: CircuitBreaker | Literal["per-host"] | None,
     fallback: Fallback | Callable[[Outcome], Any] | None,
     pipeline: Pipeline | None,
@@ -396,22 +406,33 @@ def _make(
         if value is not None and not value > 0:
             raise ConfigurationError(f"{what} is how long a call may take in seconds, so above 0, not {value}.")
     if pipeline is not None and (
-        retry is not STANDARD_RETRY or breaker != "per-host" or fallback is not None or attempt_timeout != 5.0
+        retry is not STANDARD_RETRY
+        or budget != "per-host"
+        or breaker != "per-host"
+        or fallback is not None
+        or attempt_timeout != 5.0
     ):
         raise ConfigurationError(
-            "pipeline= takes the place of retry, breaker, fallback and attempt_timeout.", "Put those into the pipeline."
+            "pipeline= takes the place of retry, budget, breaker, fallback and attempt_timeout.",
+            "Put those into the pipeline.",
         )
+    if not (budget is None or budget == "per-host" or isinstance(budget, RetryBudget)):
+        raise ConfigurationError(f'budget is a RetryBudget, "per-host", or None for none, not {budget!r}.')
+    if budget != "per-host" and retry is not None and retry.budget is not None:
+        raise ConfigurationError("retry has a budget, and budget= says something else.", "Give one of them.")
+    if budget is not None and budget != "per-host" and retry is None:
+        raise ConfigurationError("budget= bounds retries, and retry=None makes none.", "Leave one of them out.")
     if retry is STANDARD_RETRY and clock is not SYSTEM_CLOCK:
         retry = Retry(clock=clock)
     if fallback is not None and not isinstance(fallback, Fallback):
         fallback = Fallback(answer=fallback, name=name)
     routes = _Routes(family, connection) if inner is None else None
 
-    outer: list[Policy] = [policy for policy in (fallback, retry) if policy is not None]
+    outer: list[Policy] = [] if fallback is None else [fallback]
     innermost: list[Policy] = []
     if pipeline is not None:
         outer = [pipeline]
-        attempt_timeout, breaker = None, None
+        attempt_timeout, retry, breaker = None, None, None
     if attempt_timeout is not None:
         innermost.append(Timeout(attempt_timeout, clock=clock))
     elif timeout is not None:
@@ -424,10 +445,10 @@ def _make(
     return family.transport(
         family,
         name,
-        _Hosts(name, outer, breaker, innermost, home, clock),
+        _Hosts(name, outer, retry, budget, breaker, innermost, home, clock),
         timeout=timeout,
         attempt_timeout=attempt_timeout,
-        resends=_retries(outer),
+        resends=_retries(outer if retry is None else [retry]),
         inner=inner,
         routes=routes,
         clock=clock,
@@ -446,16 +467,18 @@ def _retries(policies: Iterable[Policy]) -> bool:
 
 
 class _Hosts:
-    """The pipeline of each host: the same policies, and where asked for a breaker of its own.
+    """The pipeline of each host: the same policies, and where asked for a breaker and a retry budget of its own.
 
-    Of the breakers, the `MOST_HOSTS` used last are kept. An open one is never dropped: forgetting that a host is down
-    is worse than forgetting that it is up. One that has been open long enough to probe counts as forgettable.
+    Of these, the `MOST_HOSTS` used last are kept. An open breaker is never dropped: forgetting that a host is down is
+    worse than forgetting that it is up. One that has been open long enough to probe counts as forgettable.
     """
 
     def __init__(
         self,
         name: str,
         outer: list[Policy],
+        retry: Retry | None,
+        budget: RetryBudget | Literal["per-host"] | None,
         breaker: CircuitBreaker | Literal["per-host"] | None,
         innermost: list[Policy],
         home: str,
@@ -463,17 +486,24 @@ class _Hosts:
     ) -> None:
         self._name = name
         self._outer = outer
+        self._retry = retry
         self._innermost = innermost
         self._home = home
         self._clock = clock
-        self._per_host = breaker == "per-host"
-        given = [breaker] if isinstance(breaker, CircuitBreaker) else []
-        self._plain: Pipeline = Pipeline(name, *outer, *given, *innermost, allow=_ALLOWED)
-        self._known: OrderedDict[str, tuple[CircuitBreaker, Pipeline]] = OrderedDict()
+        # Who has given a Retry with a budget has said what its destination is.
+        self._budgets = budget == "per-host" and retry is not None and retry.budget is None and retry.attempts > 1
+        if isinstance(budget, RetryBudget) and retry is not None:
+            self._retry = replace(retry, budget=budget)
+        self._breakers = breaker == "per-host"
+        self._breaker = breaker if isinstance(breaker, CircuitBreaker) else None
+        self._per_host = self._breakers or self._budgets
+        # For all hosts, or else for those that there is no room for: these have one budget together, and no breaker.
+        self._common = None if self._per_host else self._made(name, None)
+        self._known: OrderedDict[str, tuple[CircuitBreaker | None, Pipeline]] = OrderedDict()
 
     def pipeline(self, url: Any) -> Pipeline:
-        if not self._per_host:
-            return self._plain
+        if not self._per_host and self._common is not None:
+            return self._common
         host = _origin(url)
         known = self._known.get(host)
         if known is not None:
@@ -481,16 +511,26 @@ class _Hosts:
             return known[1]
         if len(self._known) >= MOST_HOSTS and not self._forget_one():
             _log.warning("client %r: %d hosts are down; calls to %s go without a breaker", self._name, MOST_HOSTS, host)
-            return self._plain
-        breaker = CircuitBreaker(self._name if host == self._home else f"{self._name} {host}", clock=self._clock)
-        made: Pipeline = Pipeline(self._name, *self._outer, breaker, *self._innermost, allow=_ALLOWED)
+            if self._common is None:
+                self._common = self._made(f"{self._name} (others)", None)
+            return self._common
+        name = self._name if host == self._home else f"{self._name} {host}"
+        breaker = CircuitBreaker(name, clock=self._clock) if self._breakers else None
+        made = self._made(name, breaker)
         self._known[host] = (breaker, made)
         return made
+
+    def _made(self, budget: str, breaker: CircuitBreaker | None) -> Pipeline:
+        retry = self._retry
+        if retry is not None and self._budgets:
+            retry = replace(retry, budget=RetryBudget(budget, clock=self._clock))
+        inside = [policy for policy in (retry, breaker or self._breaker) if policy is not None]
+        return Pipeline(self._name, *self._outer, *inside, *self._innermost)
 
     def _forget_one(self) -> bool:
         for wanted in ("closed", "open"):
             for host, (breaker, _) in self._known.items():
-                if breaker.state == wanted and breaker.retry_after == 0.0:
+                if breaker is None or (breaker.state == wanted and breaker.retry_after == 0.0):
                     del self._known[host]
                     return True
         return False

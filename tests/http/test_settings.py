@@ -117,7 +117,7 @@ async def test_each_host_has_its_own_breaker(
 ) -> None:
     """One host that is down shuts itself off and no other; the home host's breaker has the client's name."""
     name = f"per-host-{library.__name__}"
-    prices = client(name=name, retry=Retry(attempts=10, clock=clock))
+    prices = client(name=name, retry=Retry(attempts=10, clock=clock), budget=None)
     with pytest.raises(library.ConnectError):
         await prices.get(nobody)
     with pytest.raises(CircuitOpenError):
