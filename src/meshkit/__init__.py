@@ -58,6 +58,7 @@ if TYPE_CHECKING:
     from meshkit.errors import TopologyError as TopologyError
     from meshkit.errors import UnroutableError as UnroutableError
     from meshkit.messaging.events import event as event
+    from meshkit.policies.bulkhead import Bulkhead as Bulkhead
     from meshkit.policies.circuit_breaker import CircuitBreaker as CircuitBreaker
     from meshkit.policies.circuit_breaker import CircuitOpenError as CircuitOpenError
     from meshkit.policies.fallback import Fallback as Fallback
@@ -105,6 +106,7 @@ _PUBLIC = {
         "meshkit.errors",
     ),
     "event": "meshkit.messaging.events",
+    "Bulkhead": "meshkit.policies.bulkhead",
     **dict.fromkeys(("CircuitBreaker", "CircuitOpenError"), "meshkit.policies.circuit_breaker"),
     "Fallback": "meshkit.policies.fallback",
     "CircuitBreakers": "meshkit.policies.keyed",

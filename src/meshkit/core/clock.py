@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+import threading
 import time
 from collections.abc import Callable
 from typing import Protocol
@@ -32,8 +33,11 @@ class Clock(Protocol):
         """Let other tasks run for so long."""
         ...
 
-    def block(self, seconds: float) -> None:
-        """Hold this thread for so long: what a synchronous function has instead of `sleep`."""
+    def block(self, seconds: float, until: threading.Event | None = None) -> None:
+        """Hold this thread for so long, or until `until` is set: what a synchronous function has instead of `sleep`.
+
+        `seconds` may be infinite where there is an `until`.
+        """
         ...
 
     def call_at(self, when: float, callback: Callable[[], object]) -> Timer:
@@ -57,8 +61,11 @@ class _SystemClock:
     async def sleep(self, seconds: float) -> None:
         await asyncio.sleep(seconds)
 
-    def block(self, seconds: float) -> None:
-        time.sleep(seconds)
+    def block(self, seconds: float, until: threading.Event | None = None) -> None:
+        if until is None:
+            time.sleep(seconds)
+        else:
+            until.wait(min(seconds, threading.TIMEOUT_MAX))
 
     def call_at(self, when: float, callback: Callable[[], object]) -> Timer:
         # By the length, not the point: another event loop than asyncio's may count from another zero.

@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import heapq
 import itertools
+import math
+import threading
 from collections.abc import Callable
 
 
@@ -65,9 +67,19 @@ class ManualClock:
         self._pass(self._now + max(0.0, seconds))
         await asyncio.sleep(0)
 
-    def block(self, seconds: float) -> None:
+    def block(self, seconds: float, until: threading.Event | None = None) -> None:
         self.sleeps.append(seconds)
-        self._pass(self._now + max(0.0, seconds))
+        target = self._now + max(0.0, seconds)
+        if until is None:
+            self._pass(target)
+            return
+        while not until.is_set() and self._run_next(target):
+            pass
+        if target == math.inf:
+            # Nothing here ends it, so another thread does.
+            until.wait()
+        elif not until.is_set():
+            self._now = max(self._now, target)
 
     def call_at(self, when: float, callback: Callable[[], object]) -> _ManualTimer:
         timer = _ManualTimer(callback)
