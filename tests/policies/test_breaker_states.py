@@ -727,7 +727,7 @@ async def test_a_call_let_through_in_shadow_decides_nothing(clock, caller):
     assert "closed" == breaker.state
 
 
-@pytest.mark.parametrize("first, second", list(itertools.product(["isolate", "disable"], repeat=2)))
+@pytest.mark.parametrize(("first", "second"), list(itertools.product(["isolate", "disable"], repeat=2)))
 async def test_the_last_word_by_hand_counts(clock, simple, changes, first, second):
     """Isolated after disabled is isolated, and the other way round; said twice it is said once."""
     breaker = make(clock)

@@ -109,6 +109,19 @@ class _Storage(pybreaker.CircuitMemoryStorage):
     def __init__(self, owner: CircuitBreaker) -> None:
         super().__init__(pybreaker.STATE_CLOSED)
         self._owner = weakref.ref(owner)
+        self._written = pybreaker.STATE_CLOSED
+
+    # pybreaker writes the state only after its listeners have run. One of them may have moved it once more, and is not
+    # to be overruled by what was before: what the tap has noted is the last word.
+
+    @property
+    def state(self) -> str:
+        owner = self._owner()
+        return self._written if owner is None else owner._core_state
+
+    @state.setter
+    def state(self, state: str) -> None:
+        self._written = state
 
     @property
     def counter(self) -> int:
@@ -239,7 +252,9 @@ class CircuitBreaker:
         clock: where the time comes from.
 
     Attributes:
-        core: the `pybreaker.CircuitBreaker`. Opening or closing it by hand is honoured at the next call.
+        core: the `pybreaker.CircuitBreaker`. Opening or closing it by hand is honoured at the next call. A listener that
+            is added to it directly runs under pybreaker's lock: one that asks this breaker may wait for ever where
+            another thread moves it. Those given as `listeners` hold nobody up.
 
     Raises:
         ConfigurationError: a value that cannot work, or values that do not go together.
