@@ -42,7 +42,7 @@ import logging
 import urllib.parse
 import urllib.request
 from collections import OrderedDict
-from collections.abc import AsyncIterator, Callable, Iterable, Mapping
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC
 from types import TracebackType
@@ -52,6 +52,7 @@ from meshkit.core.call import Call, Judgement, Outcome, Policy
 from meshkit.core.clock import SYSTEM_CLOCK, Clock
 from meshkit.core.events import ClientAttemptEnded, ClientCallEnded, RetryScheduled, TimedOut, emit, heard
 from meshkit.core.events import error_type as _type_of
+from meshkit.core.explain import Finding, Step, attempts_of, explain, warn
 from meshkit.core.pipeline import Pipeline
 from meshkit.core.scope import Scope, current_scope, scope_open
 from meshkit.core.trace import AttributeValue, tracer
@@ -102,6 +103,8 @@ _ALLOWED: Final = {"total-inside-retry": "the transport bounds the whole call fr
 _REDIRECTS: Final = frozenset({301, 302, 303, 307, 308})
 _CHALLENGES: Final = frozenset({401, 407})
 
+# Errors before which nothing was sent: a retry of these repeats nothing.
+_UNSENT: Final = frozenset({"ConnectError", "ConnectTimeout", "PoolTimeout", "ProxyError"})
 # The words of `meshkit-retry`. Anything else in that header is somebody else's.
 _NO_MORE: Final = frozenset({"exhausted", "rejected"})
 # What is taken over from `meshkit-degraded`: it is shown to people and sent on, whoever wrote it.
@@ -438,6 +441,8 @@ def _make(
     elif timeout is not None:
         innermost.append(Timeout(total=timeout, clock=clock))
 
+    _warn_of_repeats(name, pipeline, retry)
+
     from meshkit.telemetry import recorder, tracing
 
     tracing.install()
@@ -452,6 +457,37 @@ def _make(
         inner=inner,
         routes=routes,
         clock=clock,
+    )
+
+
+def repeats(steps: Sequence[Step]) -> Iterable[Finding]:
+    """The rule of HTTP for `Pipeline.explain(meshkit.httpx.repeats)`: nothing repeats a request that may have had its
+    effect, unless both sides know that it is the same one."""
+    for step in steps:
+        rule, named = step.settings.get("rule"), step.settings.get("on") or ()
+        if step.kind != "retry" or attempts_of(step) <= 1 or rule is None:
+            continue
+        if rule == "on" and _UNSENT.issuperset(named):
+            continue
+        yield Finding(
+            id="unsafe-method-retried",
+            what=f"A retry ({step.position}) says by a rule of its own what is tried again, whatever the method: a POST "
+            "without an Idempotency-Key takes effect twice.",
+            remedy="Leave the rule out, so that the table of meshkit.httpx decides, or send a key with each POST.",
+            steps=(step.position,),
+        )
+
+
+def _warn_of_repeats(name: str, pipeline: Pipeline | None, retry: Retry | None) -> None:
+    described: dict[str, object] = {"kind": "pipeline", "name": name, "policies": [retry.describe()] if retry else []}
+    explanation = explain(described if pipeline is None else pipeline.describe(), repeats)
+    # Everything else is said when the pipelines are made, by each of its own; this none of them has said.
+    warn(
+        replace(
+            explanation,
+            steps=tuple(replace(step, nested=0) for step in explanation.steps),
+            findings=tuple(found for found in explanation.findings if found.id == "unsafe-method-retried"),
+        )
     )
 
 
@@ -525,7 +561,7 @@ class _Hosts:
         if retry is not None and self._budgets:
             retry = replace(retry, budget=RetryBudget(budget, clock=self._clock))
         inside = [policy for policy in (retry, breaker or self._breaker) if policy is not None]
-        return Pipeline(self._name, *self._outer, *inside, *self._innermost)
+        return Pipeline(self._name, *self._outer, *inside, *self._innermost, allow=_ALLOWED)
 
     def _forget_one(self) -> bool:
         for wanted in ("closed", "open"):

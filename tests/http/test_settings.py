@@ -7,7 +7,9 @@ import urllib.parse
 from collections.abc import Callable
 from typing import Any
 
+import httpx
 import pytest
+import tenacity
 
 import meshkit.httpx
 from meshkit import CircuitBreaker, CircuitOpenError, ConfigurationError, Pipeline, Retry
@@ -219,3 +221,34 @@ def test_secrets_in_urls_are_not_shown(url: str, shown: str) -> None:
     """User, password and the values of secret parameters are left out; the rest stays as it is."""
     assert shown == redacted(url)
     assert urllib.parse.urlsplit(url).path == urllib.parse.urlsplit(shown).path
+
+
+@pytest.mark.parametrize(
+    ("retry", "found"),
+    [
+        (Retry(), False),
+        (Retry(attempts=1, on=OSError), False),
+        (Retry(on=(httpx.ConnectError, httpx.ConnectTimeout)), False),
+        (Retry(on=(httpx.ConnectError, httpx.ReadError)), True),
+        (Retry(on_result=bool), True),
+        (Retry(retry=tenacity.retry_always), True),
+    ],
+)
+@pytest.mark.parametrize("nested", [False, True])
+def test_a_retry_that_repeats_any_post_is_named(
+    caplog: pytest.LogCaptureFixture, retry: Retry, found: bool, nested: bool
+) -> None:
+    """Who says by a rule of his own what is tried again hears once, when the client is made, that a POST is among it."""
+    name = f"named-{nested}-{retry.describe()['rule']}-{retry.describe()['on']}"
+    options: dict[str, Any] = {"pipeline": Pipeline(name, Pipeline("inner", retry))} if nested else {"retry": retry}
+    meshkit.httpx.transport(name, **options)
+    meshkit.httpx.transport(name, **options)
+    assert int(found) == caplog.text.count("unsafe-method-retried")
+
+
+def test_a_repeated_post_may_be_wanted(caplog: pytest.LogCaptureFixture) -> None:
+    """Whoever gives the reason hears nothing, and finds the reason in what the pipeline says of itself."""
+    wanted = Pipeline("keyed", Retry(on=OSError), allow={"unsafe-method-retried": "each POST carries its key"})
+    meshkit.httpx.transport("keyed", pipeline=wanted)
+    assert "unsafe-method-retried" not in caplog.text
+    assert ["each POST carries its key"] == [found.allowed for found in wanted.explain(meshkit.httpx.repeats).findings]

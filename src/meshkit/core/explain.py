@@ -5,7 +5,7 @@ is read of each kind:
 
 | kind            | read                                                                                             |
 |-----------------|--------------------------------------------------------------------------------------------------|
-| retry           | `attempts` (`None`: nobody can say; infinity: nothing ends it), `seconds` (`None`: no limit), `waits` (seconds of all waits together, `None`: nobody can say), `jitter` (`False`: off), `patient` |
+| retry           | `attempts` (`None`: nobody can say; infinity: nothing ends it), `seconds` (`None`: no limit), `waits` (seconds of all waits together, `None`: nobody can say), `jitter` (`False`: off), `patient`, `on` (names of error classes), `rule` (the setting that says what is retried, `None`: the edge does) |
 | timeout         | `seconds` or `total`                                                                             |
 | hedge           | `attempts`, `delay`                                                                              |
 | bulkhead        | `limit`, `wait`                                                                                  |
@@ -51,6 +51,8 @@ FINDINGS: Final[dict[str, str]] = {
     "total-inside-retry": "a total timeout bounds one attempt only",
     "timeout-never-fires": "a timeout that another one always comes before",
     "hedge-never-starts": "the call is over before its hedge would begin",
+    # Of meshkit.httpx.
+    "unsafe-method-retried": "a retry repeats a POST that has no idempotency key",
 }
 
 # Errors that a retry does not try again anyway: a fallback for these alone hides nothing from it.

@@ -268,6 +268,8 @@ class Retry:
             "budget": self.budget is not None,
             "patient": self.patient,
             "on": None if self.on is None else [wanted.__name__ for wanted in classes],
+            # Which setting says what is tried again; without one, the edge that leads the call does.
+            "rule": next((rule for rule in ("retry", "on_result", "on") if getattr(self, rule) is not None), None),
         }
 
     # -- around a call ------------------------------------------------------------------------------------------------
