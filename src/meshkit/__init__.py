@@ -61,8 +61,10 @@ if TYPE_CHECKING:
     from meshkit.policies.bulkhead import Bulkhead as Bulkhead
     from meshkit.policies.circuit_breaker import CircuitBreaker as CircuitBreaker
     from meshkit.policies.circuit_breaker import CircuitOpenError as CircuitOpenError
+    from meshkit.policies.config import Policies as Policies
     from meshkit.policies.fallback import Fallback as Fallback
     from meshkit.policies.keyed import CircuitBreakers as CircuitBreakers
+    from meshkit.policies.presets import standard as standard
     from meshkit.policies.retry import Backoff as Backoff
     from meshkit.policies.retry import Retry as Retry
     from meshkit.policies.retry import retry_end as retry_end
@@ -108,8 +110,10 @@ _PUBLIC = {
     "event": "meshkit.messaging.events",
     "Bulkhead": "meshkit.policies.bulkhead",
     **dict.fromkeys(("CircuitBreaker", "CircuitOpenError"), "meshkit.policies.circuit_breaker"),
+    "Policies": "meshkit.policies.config",
     "Fallback": "meshkit.policies.fallback",
     "CircuitBreakers": "meshkit.policies.keyed",
+    "standard": "meshkit.policies.presets",
     **dict.fromkeys(("Backoff", "Retry", "retry_end"), "meshkit.policies.retry"),
     "RetryBudget": "meshkit.policies.retry_budget",
     "SharedState": "meshkit.policies.shared_state",

@@ -1,0 +1,377 @@
+import inspect
+import json
+
+import pytest
+
+import meshkit
+from meshkit import Backoff, CircuitBreaker, ConfigurationError, Fallback, Pipeline, Retry, Timeout
+from meshkit.policies.bulkhead import Bulkhead
+from meshkit.policies.config import PARTS, Policies
+from meshkit.policies.presets import messaging, standard
+from meshkit.policies.retry_budget import RetryBudget
+
+
+@pytest.fixture
+def toml(tmp_path):
+    """Write a file, and have it read with an empty environment."""
+
+    def read(text, **options):
+        path = tmp_path / "policies.toml"
+        path.write_text(text)
+        return Policies.from_toml(path, **{"environ": {}, **options})
+
+    return read
+
+
+def part(pipeline, kind):
+    return next((policy for policy in pipeline.policies if isinstance(policy, kind)), None)
+
+
+def retry_of(policies, name="users"):
+    return part(policies.pipeline(name), Retry)
+
+
+def refused(make, *args, **options):
+    with pytest.raises(ConfigurationError) as caught:
+        make(*args, **options)
+    return str(caught.value)
+
+
+def test_a_client_without_settings_is_the_preset(toml, clock):
+    """An empty table names a client; it is what `standard` makes."""
+    policies = toml("[clients.users]", clock=clock)
+    ours = policies.pipeline("users").explain()
+    assert standard("users", clock=clock).explain() == ours
+    assert {"users": ours} == policies.explain()
+
+
+def test_the_same_pipeline_each_time(toml):
+    """Whoever asks for a client shares its breaker."""
+    policies = toml("[clients.users]\n[clients.mail]")
+    assert policies.pipeline("users") is policies.pipeline("users")
+    assert policies.pipeline("users") is not policies.pipeline("mail")
+    assert ("users", "mail") == policies.names
+
+
+def test_defaults_are_overridden_key_by_key(toml):
+    """A client's table names only what differs, in nested tables too."""
+    policies = toml("""
+        [defaults]
+        attempt_timeout = "500ms"
+        [defaults.retry]
+        attempts = 4
+        on = ["ConnectionError", "meshkit.AttemptTimeoutError"]
+        backoff = {first = "50ms", most = 2}
+        [clients.users.retry]
+        attempts = 2
+        backoff = {first = 0.2}
+        [clients.mail]
+        total = "1.5m"
+        breaker = {open_for = "1m", ignore = ["KeyError"]}
+        """)
+    users, mail = retry_of(policies), retry_of(policies, "mail")
+    assert (2, Backoff(first=0.2, most=2.0)) == (users.attempts, users.backoff)
+    assert (4, Backoff(first=0.05, most=2.0)) == (mail.attempts, mail.backoff)
+    assert (ConnectionError, meshkit.AttemptTimeoutError) == mail.on
+    timeouts = [policy for policy in policies.pipeline("mail").policies if isinstance(policy, Timeout)]
+    assert [(None, 90.0), (0.5, None)] == [(timeout.seconds, timeout.total) for timeout in timeouts]
+    assert 60.0 == part(policies.pipeline("mail"), CircuitBreaker).open_for
+
+
+def test_a_part_is_switched_off_and_on(toml):
+    """`false` goes without; a table, or `true`, brings back what defaults have switched off."""
+    policies = toml("""
+        [defaults]
+        retry = false
+        bulkhead = false
+        [clients.users]
+        retry = {attempts = 2}
+        [clients.mail]
+        bulkhead = true
+        total = false
+        attempt_timeout = false
+        breaker = false
+        """)
+    assert 2 == retry_of(policies).attempts
+    assert None is part(policies.pipeline("users"), Bulkhead)
+    assert [Bulkhead] == [type(policy) for policy in policies.pipeline("mail").policies]
+
+
+def test_all_parts_can_be_had(toml, clock):
+    """Fallback and budget have no default in the presets, or one that can be changed."""
+    pipeline = toml(
+        """
+        [clients.users]
+        fallback = {answer = [], name = "nobody", on = ["ConnectionError"]}
+        bulkhead = {limit = 3}
+        budget = {ratio = 0.1}
+        """,
+        clock=clock,
+    ).pipeline("users")
+    assert [Timeout, Fallback, Retry, CircuitBreaker, Bulkhead, Timeout] == [
+        type(policy) for policy in pipeline.policies
+    ]
+    assert 0.1 == part(pipeline, Retry).budget.ratio
+    assert "users" == part(pipeline, CircuitBreaker).name
+
+
+def test_without_a_budget(toml):
+    """`budget = false` leaves retries unlimited by it."""
+    assert None is retry_of(toml("[clients.users]\nbudget = false")).budget
+
+
+async def test_everybody_is_answered_with_a_list_of_their_own(toml):
+    """What one caller does to the answer does not reach the next."""
+    pipeline = toml("[clients.users]\nretry = false\nfallback = {answer = [1]}").pipeline("users")
+
+    async def fails():
+        raise ConnectionError
+
+    (await pipeline.call(fails)).append(2)
+    assert [1] == await pipeline.call(fails)
+
+
+def test_a_window_of_seconds_takes_the_place_of_one_of_calls(toml):
+    """Of two ways to say the same, the client's own word holds."""
+    policies = toml("[defaults.breaker]\nwindow = 50\n[clients.users.breaker]\nwindow_for = 30")
+    described = part(policies.pipeline("users"), CircuitBreaker).describe()
+    assert (None, 30.0) == (described["window"], described["window_for"])
+
+
+def test_the_messaging_preset_is_not_given_retries_by_defaults(toml, clock):
+    """What it leaves out on purpose comes back only where the client itself says so."""
+    policies = toml(
+        """
+        [defaults]
+        total = 5
+        retry = {attempts = 4}
+        [clients.users]
+        [clients.payments]
+        preset = "messaging"
+        [clients.mail]
+        preset = "messaging"
+        retry = true
+        """,
+        clock=clock,
+    )
+    assert messaging("payments", clock=clock).explain() == policies.pipeline("payments").explain()
+    assert (4, 4) == (retry_of(policies).attempts, retry_of(policies, "mail").attempts)
+
+
+FILE = "[defaults.retry]\nattempts = 2\n[clients.user-service]\n[clients.mail.retry]\nattempts = 3"
+
+
+@pytest.mark.parametrize(
+    ("environ", "overrides", "users", "mail"),
+    [
+        ({}, None, 2, 3),
+        ({"MESHKIT_POLICIES__DEFAULTS__RETRY__ATTEMPTS": "5"}, None, 5, 3),
+        ({"MESHKIT_POLICIES__MAIL__RETRY__ATTEMPTS": "5"}, None, 2, 5),
+        ({"MESHKIT_POLICIES__USER_SERVICE__RETRY__ATTEMPTS": " "}, None, 2, 3),
+        (
+            {"MESHKIT_POLICIES__USER_SERVICE__RETRY__ATTEMPTS": "5"},
+            {"clients": {"user-service": {"retry": {"attempts": 6}}}},
+            6,
+            3,
+        ),
+        (
+            {"MESHKIT_POLICIES__USER_SERVICE__RETRY__ATTEMPTS": "5"},
+            {"defaults": {"retry": {"attempts": 6}}},
+            5,
+            3,
+        ),
+    ],
+)
+def test_argument_then_environment_then_file_then_preset(toml, environ, overrides, users, mail):
+    """Of what is said of the client first, then of what is said of all. An empty variable is not set."""
+    policies = toml(FILE, environ=environ, overrides=overrides)
+    assert (users, mail) == (retry_of(policies, "user-service").attempts, retry_of(policies, "mail").attempts)
+
+
+def test_variables_alone(monkeypatch):
+    """Clients are named, or are those that variables speak of; each kind of value is read from text."""
+    for key, value in {
+        "PRESET": "standard",
+        "TOTAL": "8s",
+        "ATTEMPT_TIMEOUT": "off",
+        "RETRY__ATTEMPTS": "5",
+        "RETRY__ON": "ConnectionError, meshkit.AttemptTimeoutError",
+        "RETRY__PATIENT": "true",
+        "RETRY__BACKOFF__FIRST": "50ms",
+        "RETRY__BACKOFF__JITTER": "equal",
+        "BREAKER__FAILURE_RATE": "0.25",
+        "BULKHEAD": "false",
+        "ALLOW__JITTER_OFF": "a reason",
+    }.items():
+        monkeypatch.setenv(f"MESHKIT_POLICIES__USER_SERVICE__{key}", value)
+    policies = Policies.from_env()
+    assert ("user-service",) == policies.names
+    pipeline = policies.pipeline("user-service")
+    assert [Timeout, Retry, CircuitBreaker] == [type(policy) for policy in pipeline.policies]
+    retry = part(pipeline, Retry)
+    assert (5, True, Backoff(first=0.05, jitter="equal")) == (retry.attempts, retry.patient, retry.backoff)
+    assert (ConnectionError, meshkit.AttemptTimeoutError) == retry.on
+    assert 0.25 == part(pipeline, CircuitBreaker).failure_rate
+    assert {"jitter-off": "a reason"} == pipeline.allow
+    assert ("mail", "user-service") == Policies.from_env("mail", "user-service").names
+
+
+def test_a_switch_in_a_variable_goes_before_a_key_of_the_same_part():
+    """`RETRY=false` beside `RETRY__ATTEMPTS=5` goes without: switching off is what one does in a hurry."""
+    environ = {"MESHKIT_POLICIES__MAIL__RETRY__ATTEMPTS": "5", "MESHKIT_POLICIES__MAIL__RETRY": "false"}
+    assert None is retry_of(Policies.from_env(environ=environ), "mail")
+
+
+def test_findings_are_allowed_with_a_reason(toml, caplog):
+    """`allow` goes to the pipeline."""
+    policies = toml("""
+        [clients.allowed]
+        total = 3
+        allow = {"attempts-exceed-total" = "most answers come at once"}
+        """)
+    assert "most answers come at once" == policies.pipeline("allowed").explain().findings[0].allowed
+    assert "attempts-exceed-total" not in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("[client.users]", "client is nothing there is. Did you mean clients?"),
+        ("clients = 3", "clients is 3: it is a table."),
+        ("[clients]\nusers = 3", "clients.users is 3: it is a table."),
+        ("[clients.users]\nretries = 3", "clients.users.retries is nothing there is. Did you mean retry?"),
+        (
+            "[clients.users.retry]\natempts = 3",
+            "clients.users.retry.atempts is nothing there is. Did you mean attempts?",
+        ),
+        (
+            "[clients.users.retry.backoff]\nfrist = 3",
+            "clients.users.retry.backoff.frist is nothing there is. Did you mean first?",
+        ),
+        (
+            "[clients.users.retry]\nbackoff = 3",
+            "clients.users.retry.backoff is 3: it is a table.",
+        ),
+        ("[clients.users]\nretry = 3", "clients.users.retry is 3: it is a table, or false to go without"),
+        ('[clients.users.retry]\nattempts = "3"', "clients.users.retry.attempts is '3': it is a whole number: 3."),
+        ("[clients.users.retry]\nattempts = true", "clients.users.retry.attempts is True: it is a whole number"),
+        ("[clients.users.retry]\npatient = 1", "clients.users.retry.patient is 1: it is true or false."),
+        ("[clients.users.retry]\nattempts = 0", "clients.users.retry.attempts: attempts is how often to call"),
+        ('[clients.users]\ntotal = "10 sec"', "clients.users.total is '10 sec': a length of time is"),
+        ("[clients.users]\ntotal = [1]", "clients.users.total is [1]: it is a length of time"),
+        ("[clients.users]\ntotal = -1", "clients.users.total is -1: it is how long a call may take, so above 0"),
+        ('[clients.users]\npreset = "massaging"', "it is 'standard' or 'messaging'. Did you mean messaging?"),
+        (
+            '[clients.users.retry]\non = ["NoSuchError"]',
+            "clients.users.retry.on is ['NoSuchError']: 'NoSuchError' is no",
+        ),
+        ('[clients.users.retry]\non = ["no_such.Error"]', "'no_such.Error' cannot be imported"),
+        ('[clients.users.retry]\non = ["builtins.int"]', "'builtins.int' is no exception class"),
+        ("[clients.users.retry]\non = []", "it lists exception classes by name"),
+        (
+            '[clients.users.breaker]\nfailure_rate = "half"',
+            "clients.users.breaker.failure_rate is 'half': it is a number",
+        ),
+        ("[clients.users.breaker]\nfailure_rate = 50", "clients.users.breaker.failure_rate: failure_rate is a share"),
+        ("[clients.users]\nfallback = true", "clients.users.fallback needs answer."),
+        ("[clients.users]\nfallback = {name = 3}", "clients.users.fallback.name is 3: it is a text"),
+        ('[clients.users]\nallow = {"jitter" = "x"}', "clients.users.allow.jitter: allow names 'jitter'"),
+        ("[clients.users", "is no TOML"),
+    ],
+)
+def test_what_is_wrong_is_said_with_its_path(toml, tmp_path, text, says):
+    """The file, the path of the key, what would be right, and the nearest key for a misspelt one."""
+    error = refused(toml, text)
+    assert says in error
+    assert "policies.toml" in error
+
+
+def test_all_that_is_wrong_is_said_at_once(toml):
+    """What is wrong in defaults once, not once a client; nothing is held back by what came before."""
+    error = refused(
+        toml,
+        "[defaults.retry]\nattempts = 0\n[clients.users]\ntotl = 3\n[clients.mail.breaker]\nopen_for = -1",
+        environ={"MESHKIT_POLICIES__USERS__TOTAL": "soon", "MESHKIT_POLICIES__MIAL__TOTAL": "3"},
+    )
+    lines = error.splitlines()
+    assert "MK100  5 settings of policies cannot work:" == lines[0]
+    assert 6 == len(lines)
+    for wrong in ("defaults.retry.attempts", "clients.users.totl", "clients.mail.breaker.open_for", "__USERS__TOTAL"):
+        assert 1 == error.count(wrong), wrong
+    assert "MESHKIT_POLICIES__MIAL__TOTAL is about no client. Did you mean MAIL?" in error
+
+
+@pytest.mark.parametrize(
+    ("environ", "says"),
+    [
+        ({"MESHKIT_POLICIES__USERS": "3"}, "MESHKIT_POLICIES__USERS names no setting"),
+        ({"MESHKIT_POLICIES__USERS__RETRY__ATEMPTS": "3"}, "Did you mean attempts?"),
+        ({"MESHKIT_POLICIES__USERS__RETRY__ATTEMPTS": "3.5"}, "RETRY__ATTEMPTS is '3.5': it is a whole number"),
+        ({"MESHKIT_POLICIES__USERS__RETRY__ATTEMPTS__MORE": "3"}, "ATTEMPTS__MORE is nothing there is."),
+        (
+            {"MESHKIT_POLICIES__USERS__RETRIES__ATTEMPTS": "3"},
+            "RETRIES__ATTEMPTS is nothing there is. Did you mean retry?",
+        ),
+        ({"MESHKIT_POLICIES__USERS__RETRY__BACKOFF": "3"}, "it is a table"),
+        ({"MESHKIT_POLICIES__USERS__RETRY": "maybe"}, "it is a table, or false"),
+        ({"MESHKIT_POLICIES__USERS__RETRY__ATTEMPTS": "0"}, "__RETRY__ATTEMPTS: attempts is how often to call"),
+    ],
+)
+def test_a_variable_that_is_wrong_is_named(environ, says):
+    """As a key of a file is."""
+    assert says in refused(Policies.from_env, environ=environ)
+
+
+def test_two_names_that_are_one_variable_are_refused(toml):
+    """Nobody could tell which of them a variable is about."""
+    assert "both USER_SERVICE" in refused(toml, "[clients.user-service]\n[clients.user_service]")
+    assert "both DEFAULTS" in refused(toml, "[clients.defaults]")
+
+
+def test_a_file_that_is_not_there_is_named(tmp_path):
+    """And a name that nobody has set is answered with the near ones."""
+    assert "nowhere.toml" in refused(Policies.from_toml, tmp_path / "nowhere.toml")
+    policies = Policies.from_mapping({"clients": {"user-service": {}}}, environ={})
+    assert "Did you mean user-service? A client is known by its table: [clients.user-servce]" in refused(
+        policies.pipeline, "user-servce"
+    )
+
+
+def test_every_keyword_of_a_policy_can_be_set_or_is_python_only():
+    """The table of keys and the signatures agree, so that a new keyword is not forgotten here."""
+    python_only = {
+        "fallback": set(),
+        "retry": {"retry", "wait", "stop", "on_result", "discard", "budget", "clock"},
+        "budget": {"name", "clock"},
+        "breaker": {"name", "failed", "listeners", "clock"},
+        "bulkhead": {"name", "clock"},
+    }
+    classes = {
+        "fallback": Fallback,
+        "retry": Retry,
+        "budget": RetryBudget,
+        "breaker": CircuitBreaker,
+        "bulkhead": Bulkhead,
+    }
+    for name, kind in classes.items():
+        assert set(inspect.signature(kind).parameters) == set(PARTS[name]) | python_only[name], name
+    assert set(inspect.signature(Backoff).parameters) == set(PARTS["retry"]["backoff"])
+
+
+async def test_a_pipeline_from_a_file_guards_a_client(toml, clock):
+    """What it is for: the pipeline goes wherever a pipeline goes."""
+    policies = toml("[clients.users.retry]\nattempts = 2\non = ['ConnectionError']", clock=clock)
+
+    class Users:
+        calls = 0
+
+        async def get(self):
+            self.calls += 1
+            raise ConnectionError
+
+    users = meshkit.wrap(Users(), policies.pipeline("users"))
+    with pytest.raises(ConnectionError):
+        await users.get()
+    assert 2 == users.calls
+    assert isinstance(policies.pipeline("users"), Pipeline)
+    json.dumps({name: one.as_dict() for name, one in policies.explain().items()})
