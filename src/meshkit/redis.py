@@ -12,12 +12,13 @@ from __future__ import annotations
 import math
 import re
 from calendar import timegm
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any, Final, cast
 from urllib.parse import urlsplit
 
 from meshkit.errors import ConfigurationError, MeshkitError, missing_extra
-from meshkit.policies.shared_state import SWITCH
+from meshkit.policies.shared_state import SWITCH, Switch
 
 try:
     import redis
@@ -122,6 +123,23 @@ class BreakerStorage:
         self._client.expire(key, self._ttl)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BreakerRow:
+    """What the store says of one breaker: what the process that wrote last says, and what an operator has said.
+
+    Attributes:
+        opened_at: seconds since the epoch.
+        problem: what stands where the switch should, if that is no switch.
+    """
+
+    name: str
+    state: str
+    failures: int
+    opened_at: float | None
+    switch: Switch | None
+    problem: str = ""
+
+
 class BreakerStore:
     """Storages for all breakers of a fleet in one Redis, each with keys of its own: what `meshkit.SharedState` takes.
 
@@ -173,6 +191,33 @@ class BreakerStore:
             raise unreachable(error) from error
         found = {key[len(self.prefix) + 1 : -len(end)] for key in keys}
         return sorted({name.removesuffix(SWITCH) for name in found})
+
+    def look(self) -> list[BreakerRow]:
+        """What stands here of each breaker.
+
+        Raises:
+            MeshkitError: Redis cannot be reached, or refuses.
+        """
+        try:
+            return [self._row(name) for name in self.names()]
+        except (redis.RedisError, ValueError) as error:
+            raise unreachable(error) from error
+
+    def _row(self, name: str) -> BreakerRow:
+        mirror, problem, switch = self(name), "", None
+        try:
+            switch = Switch.parse(self(name + SWITCH).state)
+        except ValueError as error:
+            problem = str(error)
+        opened = mirror.opened_at
+        return BreakerRow(
+            name=name,
+            state=mirror.state,
+            failures=mirror.counter,
+            opened_at=None if opened is None else opened.timestamp(),
+            switch=switch,
+            problem=problem,
+        )
 
     def close(self) -> None:
         """Close the connections of a client that was made here. Calling it twice is allowed."""

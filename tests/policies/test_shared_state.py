@@ -581,7 +581,7 @@ async def test_one_in_shadow_mode_is_closed_for_others(
         await shared.refresh()
     assert [
         f"circuit {name!r} is in shadow mode: forced open, it still rejects nothing",
-        f"circuit {name!r} is forced open until it is taken back by alice: INC-42",
+        f"circuit {name!r} is forced open until it is released (alice, INC-42)",
     ] == [record.getMessage() for record in caplog.records]
 
 

@@ -8,24 +8,21 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-import json
 import os
-import signal
 import sys
 import traceback
-from collections.abc import Coroutine
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from meshkit._version import __version__
+from meshkit.cli.breaker import breaker as breaker_commands
+from meshkit.cli.terminal import Stopped, run_to_end, say, show, show_json
 from meshkit.errors import ConfigurationError, MeshkitError, TopologyError
 
 if TYPE_CHECKING:
     from meshkit.rabbitmq.dead_letters import DeadLetterRecord, Found, Group, Receipt
-
-T = TypeVar("T")
 
 # The base of all usage errors. By its child, because newer typers carry a click of their own beside the public one.
 _UsageError = typer.BadParameter.__mro__[1]
@@ -41,14 +38,7 @@ app = typer.Typer(
 )
 dlq = typer.Typer(help="Look at dead letters and send them back.", no_args_is_help=True, rich_markup_mode=None)
 app.add_typer(dlq, name="dlq")
-
-
-class Stopped(Exception):
-    """Ends a command with an exit code after it has said what there is to say."""
-
-    def __init__(self, code: int) -> None:
-        super().__init__(code)
-        self.code = code
+app.add_typer(breaker_commands, name="breaker")
 
 
 def run(arguments: list[str] | None = None) -> int:
@@ -82,39 +72,6 @@ def run(arguments: list[str] | None = None) -> int:
         # Newer typers make Ctrl-C an exit code of their own.
         say("meshkit: interrupted")
     return code if isinstance(code, int) else 0
-
-
-def say(line: str) -> None:
-    """To the person, not into the data."""
-    print(line, file=sys.stderr, flush=True)
-
-
-def show(line: str = "") -> None:
-    """Into the data. What a message brought along must not steer the terminal."""
-    print("".join(each if each.isprintable() else repr(each)[1:-1] for each in line), flush=True)
-
-
-def show_json(value: object) -> None:
-    print(json.dumps(value, ensure_ascii=False), flush=True)
-
-
-def _asyncio(coroutine: Coroutine[Any, Any, T]) -> T:
-    """Run to the end; Ctrl-C and SIGTERM cancel it, so that what it holds is given back."""
-
-    async def guarded() -> T:
-        task = asyncio.current_task()
-        assert task is not None
-        loop = asyncio.get_running_loop()
-        loop.add_signal_handler(signal.SIGTERM, task.cancel)
-        try:
-            return await coroutine
-        finally:
-            loop.remove_signal_handler(signal.SIGTERM)
-
-    try:
-        return asyncio.run(guarded())
-    except asyncio.CancelledError:
-        raise KeyboardInterrupt from None
 
 
 def _version(wanted: bool) -> None:
@@ -161,7 +118,7 @@ def broker(
         finally:
             await server.stop()
 
-    _asyncio(serve())
+    run_to_end(serve())
 
 
 # -- export -----------------------------------------------------------------------------------------------------------
@@ -237,7 +194,7 @@ def dlq_list(
                 rows.append((row, groups, note))
         return rows
 
-    rows = _asyncio(collect())
+    rows = run_to_end(collect())
     if as_json:
         show_json(
             [
@@ -282,7 +239,7 @@ def dlq_show(
         seen = f"the oldest {len(records)} of {total}" if total > len(records) else f"the {total}"
         raise MeshkitError(f"none of {seen} dead letters in {queue} has an id like {message!r}.", code="MK601")
 
-    record = _asyncio(find())
+    record = run_to_end(find())
     if as_json:
         show_json(record.as_json(body=body))
         return
@@ -346,7 +303,7 @@ def dlq_replay(
             )
 
     # Two connections: nobody answers the broker's heartbeats while a person thinks about the plan.
-    receipt = _asyncio(replay(plan=None))
+    receipt = run_to_end(replay(plan=None))
     if ids and not receipt.planned:
         raise MeshkitError(f"no dead letter in {queue} has an id like {' or '.join(ids)}.", code="MK601")
     going = receipt.planned - len(receipt.guarded)
@@ -358,7 +315,7 @@ def dlq_replay(
         if not yes:
             _confirm(going)
         try:
-            receipt = _asyncio(replay(plan=receipt))
+            receipt = run_to_end(replay(plan=receipt))
         except KeyboardInterrupt:
             say(f"  {len(so_far.replayed) if so_far is not None else 0} replayed; the others are where they were")
             raise

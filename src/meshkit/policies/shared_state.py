@@ -495,10 +495,10 @@ class SharedState:
                     target.disable()
         self._switched = self._switched or said
         if said and left > 0:
-            until = "until it is taken back" if left == math.inf else f"for {left:.0f} s"
-            _log.warning("circuit %r is forced open %s by %s: %s", name, until, word.by or "?", word.reason or "?")
+            until = "until it is released" if left == math.inf else f"for {left:.0f} s"
+            _log.warning("circuit %r is forced open %s (%s)", name, until, _who(word))
         elif said:
-            _log.warning("circuit %r is released by %s: %s", name, word.by or "?", word.reason or "?")
+            _log.warning("circuit %r is released (%s)", name, _who(word))
 
     def _switch_on(self, target: Target, word: Switch, left: float, held: _Held | None) -> None:
         disabled = held is not None and held.disabled
@@ -618,6 +618,10 @@ def _touch(line: _Line, now: float) -> None:
         if touch is not None:
             touch()
     line.touched = now
+
+
+def _who(word: Switch) -> str:
+    return ", ".join(filter(None, (word.by, word.reason))) or "nobody said who or why"
 
 
 def _unreachable(why: str) -> MeshkitError:
