@@ -305,13 +305,13 @@ class CircuitBreaker:
         elif slow_rate != 1.0:
             raise ConfigurationError("slow_rate needs slow_after, which says what a slow call is.")
         _check_seconds("open_for", "how long the breaker stays open", open_for)
-        if not 1 <= open_backoff < math.inf:
+        if not (isinstance(open_backoff, int | float) and 1 <= open_backoff < math.inf):
             raise ConfigurationError(
                 f"open_backoff is how many times as long each further opening lasts, so 1 or above, not {open_backoff}."
             )
         if open_at_most is None:
             open_at_most = max(_OPEN_AT_MOST, open_for)
-        elif not open_for <= open_at_most < math.inf:
+        elif not (isinstance(open_at_most, int | float) and open_for <= open_at_most < math.inf):
             raise ConfigurationError(
                 f"open_at_most bounds open_for ({open_for} s), so it is not below that, and {open_at_most} is."
             )
@@ -322,7 +322,7 @@ class CircuitBreaker:
             raise ConfigurationError(
                 f"concurrent_probes is how many of the probes run at once, so 1 to {probes}, not {concurrent_probes}."
             )
-        if not probe_for > 0:
+        if not (isinstance(probe_for, int | float) and probe_for > 0):
             raise ConfigurationError(f"probe_for is how long probes may take, so above 0, not {probe_for}.")
         ignored = ignore if isinstance(ignore, tuple) else (ignore,)
         for wanted in ignored:
@@ -1016,12 +1016,12 @@ _NOTHING: Final = Outcome()
 
 
 def _check_share(name: str, value: float) -> None:
-    if not 0 < value <= 1:
+    if not (isinstance(value, int | float) and 0 < value <= 1):
         raise ConfigurationError(f"{name} is a share of calls, above 0 up to 1, not {value}.")
 
 
 def _check_seconds(name: str, what: str, value: float) -> None:
-    if not 0 < value < math.inf:
+    if not (isinstance(value, int | float) and 0 < value < math.inf):
         raise ConfigurationError(f"{name} is {what}, in seconds above 0, not {value}.")
 
 
