@@ -129,6 +129,7 @@ def test_what_works_against_itself_is_found(policies, found):
         (timeout(total=6.3), retry(), timeout(2)),
         (retry(seconds=4.31), timeout(2)),
         (timeout(3), fallback(), timeout(2)),
+        (timeout(total=3), breaker(), timeout(2)),
         (hedge(0.2), timeout(0.3)),
         (hedge(0.2, 1), timeout(0.1)),
         ({"kind": "mine"}, {}, timeout(2)),

@@ -3,11 +3,15 @@ import copy
 import functools
 import gc
 import inspect
+import socket
 import weakref
 from contextlib import asynccontextmanager
 from typing import Protocol, runtime_checkable
 
+import httpx
 import pytest
+import redis
+import redis.asyncio
 
 from meshkit import CircuitBreaker, CircuitOpenError, ConfigurationError, Pipeline, Retry, Timeout
 from meshkit.core.wrap import wrap
@@ -392,3 +396,51 @@ def test_a_proxy_and_its_client_can_be_collected(clock):
     del guarded, _
     gc.collect()
     assert (None, None) == (client(), proxy())
+
+
+async def test_an_httpx_client_behind_a_pipeline_is_an_httpx_client(clock):
+    """`async with`, its properties and its requests; what is not named does not go through."""
+    asked = []
+
+    def answer(request):
+        asked.append(request.url.path)
+        if len(asked) == 1:
+            raise httpx.ConnectError("down")
+        return httpx.Response(200, text="ok")
+
+    client = httpx.AsyncClient(transport=httpx.MockTransport(answer), base_url="http://users")
+    async with wrap(client, twice(clock), methods=["get"]) as users:
+        assert isinstance(users, httpx.AsyncClient)
+        users.headers["x-from"] = "test"
+        assert "ok" == (await users.get("/a")).text
+        assert ["/a", "/a"] == asked
+        asked.clear()
+        with pytest.raises(httpx.ConnectError):
+            await users.post("/b")
+    assert users.is_closed
+    assert client.is_closed
+    assert "test" == client.headers["x-from"]
+
+
+async def test_a_redis_command_that_returns_something_to_await_is_guarded(clock):
+    """redis-py's commands are plain functions; named as awaitable, they are tried again, and its own wait is left."""
+    with socket.socket() as taken:
+        # Bound and not listening: whoever connects is refused.
+        taken.bind(("127.0.0.1", 0))
+        client = redis.asyncio.Redis(port=taken.getsockname()[1], retry=None)
+        tried = []
+
+        class Tries:
+            def describe(self):
+                return {"kind": "tries"}
+
+            async def run(self, call, call_next):
+                tried.append(call.attempt)
+                return await call_next(call)
+
+        pipeline = Pipeline("redis", Retry(attempts=2, clock=clock), Tries())
+        async with wrap(client, pipeline, methods=(), awaitable=["get"]) as guarded:
+            assert isinstance(guarded, redis.asyncio.Redis)
+            with pytest.raises(redis.ConnectionError):
+                await guarded.get("key")
+    assert [1, 2] == tried

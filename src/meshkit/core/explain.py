@@ -503,7 +503,8 @@ def _about_timeout(step: Step, outer: Sequence[Step], inner: Sequence[Step]) -> 
             steps=(around.position, step.position),
         )
     for within in inner:
-        if within.kind == "timeout" and limit_of(within) < limit:
+        # A total one has another use: it is the deadline that travels with the call.
+        if within.kind == "timeout" and limit_of(within) < limit and step.number("total") is None:
             yield Finding(
                 id="timeout-never-fires",
                 what=f"The timeout of {limit:g} s ({step.position}) has nothing inside that could take longer than"
