@@ -65,6 +65,7 @@ if TYPE_CHECKING:
     from meshkit.policies.fallback import Fallback as Fallback
     from meshkit.policies.keyed import CircuitBreakers as CircuitBreakers
     from meshkit.policies.presets import standard as standard
+    from meshkit.policies.rate_limiter import RateLimiter as RateLimiter
     from meshkit.policies.retry import Backoff as Backoff
     from meshkit.policies.retry import Retry as Retry
     from meshkit.policies.retry import retry_end as retry_end
@@ -114,6 +115,7 @@ _PUBLIC = {
     "Fallback": "meshkit.policies.fallback",
     "CircuitBreakers": "meshkit.policies.keyed",
     "standard": "meshkit.policies.presets",
+    "RateLimiter": "meshkit.policies.rate_limiter",
     **dict.fromkeys(("Backoff", "Retry", "retry_end"), "meshkit.policies.retry"),
     "RetryBudget": "meshkit.policies.retry_budget",
     "SharedState": "meshkit.policies.shared_state",
