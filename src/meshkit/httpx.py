@@ -41,7 +41,6 @@ import ipaddress
 import logging
 import urllib.parse
 import urllib.request
-from collections import OrderedDict
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC
@@ -66,6 +65,7 @@ from meshkit.errors import (
 )
 from meshkit.policies.circuit_breaker import CircuitBreaker
 from meshkit.policies.fallback import Fallback
+from meshkit.policies.keyed import Kept
 from meshkit.policies.retry import Retry
 from meshkit.policies.retry_budget import RetryBudget
 from meshkit.policies.timeout import Timeout
@@ -535,7 +535,9 @@ class _Hosts:
         self._per_host = self._breakers or self._budgets
         # For all hosts, or else for those that there is no room for: these have one budget together, and no breaker.
         self._common = None if self._per_host else self._made(name, None)
-        self._known: OrderedDict[str, tuple[CircuitBreaker | None, Pipeline]] = OrderedDict()
+        self._known: Kept[str, tuple[CircuitBreaker | None, Pipeline]] = Kept(
+            name, MOST_HOSTS, lambda known: known[0], clock
+        )
 
     def pipeline(self, url: Any) -> Pipeline:
         if not self._per_host and self._common is not None:
@@ -543,17 +545,15 @@ class _Hosts:
         host = _origin(url)
         known = self._known.get(host)
         if known is not None:
-            self._known.move_to_end(host)
             return known[1]
-        if len(self._known) >= MOST_HOSTS and not self._forget_one():
-            _log.warning("client %r: %d hosts are down; calls to %s go without a breaker", self._name, MOST_HOSTS, host)
+        if not self._known.has_room(host):
             if self._common is None:
                 self._common = self._made(f"{self._name} (others)", None)
             return self._common
         name = self._name if host == self._home else f"{self._name} {host}"
         breaker = CircuitBreaker(name, clock=self._clock) if self._breakers else None
         made = self._made(name, breaker)
-        self._known[host] = (breaker, made)
+        self._known.put(host, (breaker, made))
         return made
 
     def _made(self, budget: str, breaker: CircuitBreaker | None) -> Pipeline:
@@ -562,14 +562,6 @@ class _Hosts:
             retry = replace(retry, budget=RetryBudget(budget, clock=self._clock))
         inside = [policy for policy in (retry, breaker or self._breaker) if policy is not None]
         return Pipeline(self._name, *self._outer, *inside, *self._innermost, allow=_ALLOWED)
-
-    def _forget_one(self) -> bool:
-        for wanted in ("closed", "open"):
-            for host, (breaker, _) in self._known.items():
-                if breaker is None or (breaker.state == wanted and breaker.retry_after == 0.0):
-                    del self._known[host]
-                    return True
-        return False
 
 
 def _origin(url: Any) -> str:

@@ -8,7 +8,7 @@ import tracemalloc
 import pytest
 from prometheus_client import CollectorRegistry
 
-from meshkit import CircuitBreakers, CircuitOpenError, ConfigurationError, Pipeline, Retry, listen
+from meshkit import CircuitBreaker, CircuitBreakers, CircuitOpenError, ConfigurationError, Pipeline, Retry, listen
 from meshkit.core.call import Call
 from meshkit.core.events import CircuitChanged
 from meshkit.policies.circuit_breaker import breakers
@@ -178,27 +178,25 @@ async def test_where_all_are_open_further_keys_go_without(clock, caplog):
     assert family.get("c") is not None
 
 
-async def test_nobody_is_asked_again_at_once_where_all_are_open(clock):
+async def test_nobody_is_asked_again_at_once_where_all_are_open(clock, monkeypatch):
     """While all breakers are open, further keys cost one look through them a second, not one a call."""
     family = by_first(clock, most=100)
     open_it(family, *range(100))
-    looks = 0
-    real = type(family)._forget_one
+    states = 0
+    real = CircuitBreaker.state.fget
 
-    def counting(self, key):
-        nonlocal looks
-        before = self._full_until
-        found = real(self, key)
-        looks += before != self._full_until
-        return found
+    def counted(self):
+        nonlocal states
+        states += 1
+        return real(self)
 
-    type(family)._forget_one = counting
-    try:
-        for number in range(1000):
-            assert family.get(f"further {number}") is None
-    finally:
-        type(family)._forget_one = real
-    assert 1 == looks
+    monkeypatch.setattr(CircuitBreaker, "state", property(counted))
+    for number in range(1000):
+        assert family.get(f"further {number}") is None
+    assert 100 == states
+    await clock.advance(1)
+    assert family.get("one more") is None
+    assert 200 == states
 
 
 def test_ten_thousand_keys_stay_within_the_bound(clock):

@@ -12,7 +12,7 @@ import threading
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
-from typing import Any, Final, Literal, ParamSpec, TypeVar
+from typing import Any, Final, Generic, Literal, ParamSpec, TypeVar
 
 from meshkit.core.call import NO_WORK, Call, Next, NextSync
 from meshkit.core.clock import SYSTEM_CLOCK, Clock
@@ -23,6 +23,8 @@ from meshkit.policies.circuit_breaker import CircuitBreaker, CircuitOpenError
 T = TypeVar("T")
 R = TypeVar("R")
 P = ParamSpec("P")
+K = TypeVar("K", bound=Hashable)
+V = TypeVar("V")
 _log = logging.getLogger("meshkit")
 
 # Where no breaker could be forgotten, nobody looks again for so many seconds: to look means to ask all of them.
@@ -38,6 +40,94 @@ def families() -> list[CircuitBreakers]:
     """All per-key breakers of this process that are alive."""
     with _families_lock:
         return list(_families)
+
+
+class Kept(Generic[K, V]):
+    """The `most` things used last, a breaker with each: one whose breaker guards something is never dropped. Whoever has
+    it sees to the threads.
+
+    Args:
+        name: what the log calls them.
+        most: so many are kept.
+        breaker_of: the breaker of a thing; one without may always be dropped.
+        clock: where the time comes from.
+    """
+
+    __slots__ = ("_breaker_of", "_clock", "_full_until", "_name", "_things", "_warned_at", "most")
+
+    def __init__(self, name: str, most: int, breaker_of: Callable[[V], CircuitBreaker | None], clock: Clock) -> None:
+        self._name = name
+        self.most = most
+        self._breaker_of = breaker_of
+        self._clock = clock
+        self._things: OrderedDict[K, V] = OrderedDict()
+        self._full_until: float | None = None
+        self._warned_at: float | None = None
+
+    def __len__(self) -> int:
+        return len(self._things)
+
+    def items(self) -> list[tuple[K, V]]:
+        """What is kept, least recently used first."""
+        return list(self._things.items())
+
+    def get(self, key: K) -> V | None:
+        """What is kept for a key, which counts as a use of it."""
+        found = self._things.get(key)
+        if found is not None:
+            self._things.move_to_end(key)
+        return found
+
+    def has_room(self, key: K) -> bool:
+        """Whether a further thing can be kept; drops the least recently used one where that is what it takes."""
+        if len(self._things) < self.most:
+            return True
+        now = self._clock.now()
+        if self._full_until is not None and now < self._full_until:
+            return False
+        dropped = self._drop_one()
+        self._full_until = None if dropped else now + _LOOK_AGAIN
+        if not dropped and (self._warned_at is None or now - self._warned_at >= _WARN_EVERY):
+            self._warned_at = now
+            _log.warning(
+                "circuit breakers of %r: all %d are open; calls of further keys (%.100r) go without a breaker",
+                self._name,
+                self.most,
+                key,
+            )
+        return dropped
+
+    def put(self, key: K, thing: V) -> None:
+        self._things[key] = thing
+
+    def look_again(self) -> None:
+        """Somebody has closed breakers by hand."""
+        self._full_until = None
+
+    def _drop_one(self) -> bool:
+        closed: list[K] = []
+        waited: list[K] = []
+        probing: list[K] = []
+        guarding: list[K] = []
+        for key, thing in self._things.items():
+            breaker = self._breaker_of(thing)
+            state = "closed" if breaker is None else breaker.state
+            if breaker is None or state == "closed":
+                closed.append(key)
+                break
+            if state == "half_open" and breaker.retry_after == 0.0:
+                # Better than none: nobody has called since its time was over; or it probes, and a place is free.
+                (waited if breaker.core.current_state == "open" else probing).append(key)
+            else:
+                guarding.append(key)
+        for key in guarding:
+            # It is in use for as long as it guards, so the next one that looks need not begin with it.
+            self._things.move_to_end(key)
+        for candidates in (closed, waited, probing):
+            if candidates:
+                del self._things[candidates[0]]
+                return True
+        return False
 
 
 class CircuitBreakers:
@@ -100,13 +190,11 @@ class CircuitBreakers:
         self._described = self._make(name).describe()
         # Re-entrant, because asking a breaker for its state may tell listeners, who may ask for another one.
         self._lock = threading.RLock()
-        self._kept: OrderedDict[Hashable, CircuitBreaker] = OrderedDict()
+        self._kept: Kept[Hashable, CircuitBreaker] = Kept(name, most, lambda breaker: breaker, clock)
         # What was ordered for all, and for how long; and the breaker of those keys that have none meanwhile.
         self._order: Literal["force_open", "isolate", "disable"] | None = None
         self._until = 0.0
         self._gate: CircuitBreaker | None = None
-        self._full_until = -_LOOK_AGAIN
-        self._warned_at: float | None = None
         with _families_lock:
             _families.add(self)
 
@@ -130,13 +218,12 @@ class CircuitBreakers:
             except TypeError as error:
                 raise ConfigurationError(f"a key must be hashable, and {key!r} of {self.name!r} is not.") from error
             if found is not None:
-                self._kept.move_to_end(key)
                 return found
-            if len(self._kept) >= self.most and not self._forget_one(key):
+            if not self._kept.has_room(key):
                 # While all are ordered to reject, that holds for this key too.
                 return self._gate if self.ordered else None
             made = self._make(self.name if self._named is None else self._named(key))
-            self._kept[key] = made
+            self._kept.put(key, made)
             ordered = self.ordered
         if ordered:
             self._obey(made)
@@ -145,49 +232,13 @@ class CircuitBreakers:
     def items(self) -> list[tuple[Hashable, CircuitBreaker]]:
         """The keys that have a breaker, least recently used first."""
         with self._lock:
-            return list(self._kept.items())
+            return self._kept.items()
 
     def describe(self) -> dict[str, object]:
         return {**self._described, "name": self.name, "most": self.most}
 
     def _make(self, name: str) -> CircuitBreaker:
         return CircuitBreaker(name, clock=self._clock, **self._options)
-
-    def _forget_one(self, key: Hashable) -> bool:
-        now = self._clock.now()
-        if now < self._full_until:
-            return False
-        closed: list[Hashable] = []
-        waited: list[Hashable] = []
-        probing: list[Hashable] = []
-        guarding: list[Hashable] = []
-        for each, breaker in self._kept.items():
-            state = breaker.state
-            if state == "closed":
-                closed.append(each)
-                break
-            if state == "half_open" and breaker.retry_after == 0.0:
-                # Better than none: nobody has called since its time was over; or it probes, and a place is free.
-                (waited if breaker.core.current_state == "open" else probing).append(each)
-            else:
-                guarding.append(each)
-        for each in guarding:
-            # It is in use for as long as it guards, so the next one that looks need not begin with it.
-            self._kept.move_to_end(each)
-        for candidates in (closed, waited, probing):
-            if candidates:
-                del self._kept[candidates[0]]
-                return True
-        self._full_until = now + _LOOK_AGAIN
-        if self._warned_at is None or now - self._warned_at >= _WARN_EVERY:
-            self._warned_at = now
-            _log.warning(
-                "circuit breakers of %r: all %d are open; calls of further keys (%.100r) go without a breaker",
-                self.name,
-                self.most,
-                key,
-            )
-        return False
 
     # -- by hand, for all keys, those to come included ----------------------------------------------------------------
 
@@ -223,9 +274,9 @@ class CircuitBreakers:
         """Close the breakers of all keys, with empty windows."""
         with self._lock:
             self._order = self._gate = None
-            present = list(self._kept.values())
-            self._full_until = -_LOOK_AGAIN
-        for breaker in present:
+            present = self._kept.items()
+            self._kept.look_again()
+        for _, breaker in present:
             breaker.reset()
 
     def _give(
@@ -233,8 +284,8 @@ class CircuitBreakers:
     ) -> None:
         with self._lock:
             self._order, self._gate, self._until = order, gate, self._clock.now() + seconds
-            present = list(self._kept.values())
-        for breaker in present:
+            present = self._kept.items()
+        for _, breaker in present:
             self._obey(breaker)
 
     def _obey(self, breaker: CircuitBreaker) -> None:
