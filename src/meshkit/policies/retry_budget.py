@@ -14,6 +14,9 @@ from meshkit.errors import ConfigurationError
 # Each call of the window is remembered, so the window is short. Finagle draws the same line.
 _LONGEST = 60.0
 
+# What no longer counts is dropped so many times a window, not at every call: that would take the lock each time.
+_SWEEPS = 16
+
 _budgets: weakref.WeakSet[RetryBudget] = weakref.WeakSet()
 _budgets_lock = threading.Lock()
 
@@ -46,7 +49,18 @@ class RetryBudget:
         ConfigurationError: a value that cannot work.
     """
 
-    __slots__ = ("__weakref__", "_calls", "_clock", "_lock", "_spent", "at_least", "name", "ratio", "window")
+    __slots__ = (
+        "__weakref__",
+        "_calls",
+        "_clock",
+        "_lock",
+        "_spent",
+        "_sweep_at",
+        "at_least",
+        "name",
+        "ratio",
+        "window",
+    )
 
     def __init__(
         self,
@@ -74,6 +88,7 @@ class RetryBudget:
         self._clock = clock
         self._calls: deque[float] = deque()
         self._spent: deque[float] = deque()
+        self._sweep_at = clock.now() + window
         self._lock = threading.Lock()
         with _budgets_lock:
             _budgets.add(self)
@@ -85,11 +100,10 @@ class RetryBudget:
         )
 
     def deposit(self) -> None:
-        """Count a call. This is on the path of every call: an append, which takes no lock, and a look at the oldest."""
+        """Count a call. This is on the path of every call, so it is an append, which takes no lock."""
         now = self._clock.now()
-        calls = self._calls
-        calls.append(now)
-        if calls[0] <= now - self.window:
+        self._calls.append(now)
+        if now >= self._sweep_at:
             with self._lock:
                 self._forget(now)
 
@@ -127,3 +141,4 @@ class RetryBudget:
         for counted in (self._calls, self._spent):
             while counted and counted[0] <= until:
                 counted.popleft()
+        self._sweep_at = now + self.window / _SWEEPS
