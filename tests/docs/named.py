@@ -47,6 +47,8 @@ def defined_in(tree: ast.Module) -> dict[str, Any]:
                 names[node.name] = None
             case ast.arg():
                 names[node.arg] = None
+            case ast.ExceptHandler(name=str(name)):
+                names[name] = None
             case ast.Name(ctx=ast.Store()):
                 names[node.id] = None
     return names
