@@ -72,7 +72,8 @@ async def rejected(guarded: Any, *args: Any) -> bool:
     return False
 
 
-# -- one contract, for each kind of storage ---------------------------------------------------------------------------
+# -- one contract, for each kind of storage: as interlock's `test_storage_contract`, but for what decides a call, which
+#    here no storage does ---------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
@@ -362,7 +363,8 @@ def faults() -> Iterator[Faults]:
 
 
 async def test_a_storage_never_decides_a_call(faults: Faults, name: str, clock: ManualClock) -> None:
-    """Calls that succeed, fail, trip the breaker, are rejected and probe never ask the storage; only the thread does."""
+    """Calls that succeed, fail, trip the breaker, are rejected and probe never ask the storage; only the thread does (the
+    paragraph "Storage": store down, local decision)."""
     guarded = breaker(name, clock)
     async with SharedState(faults, clock=clock):
         before = len(faults.asked)
@@ -498,6 +500,54 @@ async def test_one_bad_key_keeps_no_other_from_being_read(clock: ManualClock, na
         assert not await shared.refresh()
     assert ["isolated", "isolated"] == [each.state for each in good.values()]
     assert ["closed"] * 8 == [each.state for each in bad]
+
+
+async def test_a_store_that_takes_nothing_more_is_still_read(name: str, clock: ManualClock) -> None:
+    """Where nothing can be written any more (a full store), every switch is still heeded, at once."""
+    guarded = [breaker(f"{name}-{number}", clock) for number in range(20)]
+    store, full = memory(), False
+
+    class Full(pybreaker.CircuitMemoryStorage):
+        @property
+        def state(self) -> str:
+            return "closed"
+
+        @state.setter
+        def state(self, state: str) -> None:
+            raise MemoryError("command not allowed when used memory > 'maxmemory'")
+
+    def of(wanted: str) -> Any:
+        if not wanted.startswith(name):
+            return None
+        return store.of(wanted) if wanted.endswith(":switch") or not full else Full("closed")
+
+    shared, operator = SharedState(of, clock=clock), SharedState(of, clock=clock)
+    for each in guarded:
+        await operator.force_open(each.name)
+    full = True
+    assert not await shared.refresh()
+    assert {"isolated"} == {each.state for each in guarded}
+    assert "maxmemory" in shared.checks()[0].detail
+
+
+async def test_a_slow_store_is_not_taken_for_one_that_is_away(
+    name: str, clock: ManualClock, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Many breakers and a store far away: a round that takes longer than the patience, but goes on, is no outage."""
+    guarded = [breaker(f"{name}-{number}", clock) for number in range(4)]
+    store, loop = memory(), asyncio.get_running_loop()
+
+    def of(wanted: str) -> Any:
+        if not wanted.startswith(name):
+            return None
+        if wanted.endswith(":switch"):
+            asyncio.run_coroutine_threadsafe(clock.advance(3), loop).result(10)
+        return store.of(wanted)
+
+    shared = SharedState(of, clock=clock)
+    assert await shared.refresh()
+    assert [] == caplog.records
+    assert ["closed"] * 4 == [each.state for each in guarded] == [store.of(each.name).state for each in guarded]
 
 
 # -- what a switch does to what is there ------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ What others write into `<breaker>` is never read: one bad node would shut off al
 from __future__ import annotations
 
 import asyncio
+import bisect
 import functools
 import json
 import logging
@@ -236,7 +237,8 @@ class SharedState:
         self._clock = clock
         # Touched by one thread at a time: that of the exchange. A run that is over leaves its own behind.
         self._lines: dict[str, _Line] = {}
-        self._next = ""
+        self._read_next = self._write_next = ""
+        self._alive_at = 0.0
         self._exchanging: asyncio.Future[_Heard] | None = None
         self._task: asyncio.Task[None] | None = None
         self._away_since: float | None = None
@@ -312,9 +314,13 @@ class SharedState:
         self._switched = False
         exchange = self._exchanging
         if exchange is None:
+            self._alive_at = self._clock.now()
             exchange = self._exchanging = _in_thread(functools.partial(self._exchange, self._lines), self.name)
             exchange.add_done_callback(self._exchanged)
-        if not await _within(exchange, _PATIENCE, self._clock):
+        while not await _within(exchange, _PATIENCE, self._clock):
+            if self._clock.now() - self._alive_at < _PATIENCE:
+                # Many breakers and a long way to the store: slow, but it answers.
+                continue
             if exchange is self._exchanging:
                 self._noted(f"no answer for {_PATIENCE:g} s")
             return False
@@ -358,37 +364,47 @@ class SharedState:
     def _exchange(self, lines: dict[str, _Line]) -> _Heard:
         now, today = self._clock.now(), self._clock.time()
         views = {name: _view(targets, today) for name, targets in _targets().items()}
-        names = sorted(views)
-        # Where the last round gave up, the next one goes on: no broken key keeps the others from being read.
-        start = next((at for at, name in enumerate(names) if name >= self._next), 0)
         words: dict[str, Switch | None] = {}
-        problem, in_a_row = "", 0
         for gone in lines.keys() - views.keys():
             del lines[gone]
-        for name in (*names[start:], *names[:start]):
+
+        def read(name: str) -> None:
+            line = lines.get(name)
+            if line is None:
+                line = lines[name] = _Line(self._storage(name), self._storage(name + SWITCH))
+            words[name] = _read_switch(line)
+
+        def write(name: str) -> None:
+            word, view = words[name], views[name]
+            if word is not None and word.left(today) > 0:
+                # It is about to be: nobody is to read "closed" in between.
+                view = _View("open", view.failures, _second_after(today))
+            line = lines[name]
+            written, line.written = line.written, None
+            line.written = _written(line.mirror, written, view)
+            _touch(line, now)
+
+        # All is read before anything is written: a store that takes no more must not hide an operator's word.
+        unread, self._read_next = self._each(sorted(views), self._read_next, read)
+        unwritten, self._write_next = self._each(sorted(words), self._write_next, write)
+        return _Heard(words, unread or unwritten)
+
+    def _each(self, names: list[str], first: str, act: Callable[[str], None]) -> tuple[str, str]:
+        """Act on each name, from `first` on; what went wrong, and where to begin the next time: no broken key keeps the
+        others from being reached."""
+        at = bisect.bisect_left(names, first)
+        problem, in_a_row = "", 0
+        for name in (*names[at:], *names[:at]):
             try:
-                line = lines.get(name)
-                if line is None:
-                    line = lines[name] = _Line(self._storage(name), self._storage(name + SWITCH))
-                word = words[name] = _read_switch(line)
-                view = views[name]
-                if word is not None and word.left(today) > 0:
-                    # It is about to be: nobody is to read "closed" in between.
-                    view = _View("open", view.failures, _second_after(today))
-                _write_view(line, view)
-                _touch(line, now)
+                act(name)
                 in_a_row = 0
             except Exception as error:
                 problem = problem or f"{type(error).__name__}: {error}"
                 in_a_row += 1
-                if name in lines:
-                    lines[name].written = None
                 if in_a_row == _ENOUGH:
-                    self._next = name + "\0"
-                    break
-        else:
-            self._next = ""
-        return _Heard(words, problem)
+                    return problem, name + "\0"
+            self._alive_at = self._clock.now()
+        return problem, ""
 
     def _read(self, breaker: str) -> Switch | None:
         return Switch.parse(self._switch_of(breaker).state)
@@ -584,10 +600,10 @@ def _read_switch(line: _Line) -> Switch | None:
     return Switch.parse(switch.state)
 
 
-def _write_view(line: _Line, view: _View) -> None:
-    storage, written = line.mirror, line.written
+def _written(storage: Storage | None, written: _View | None, view: _View) -> _View | None:
+    """Write what has changed; what stands in the storage then, `None` where that is not known."""
     if storage is None or view == written:
-        return
+        return view
     if written is None or written.failures != view.failures:
         _count(storage, view.failures)
     if view.opened_at is not None and (written is None or written.opened_at != view.opened_at):
@@ -596,8 +612,8 @@ def _write_view(line: _Line, view: _View) -> None:
         storage.state = view.state
     elif written is None or written.state != view.state:
         storage.state = view.state
-    # Somebody else may have written meanwhile; then the next round writes once more.
-    line.written = view if storage.state == view.state else None
+    # Somebody else may have written meanwhile, or the storage has hidden an error; the next round writes once more.
+    return view if storage.state == view.state else None
 
 
 def _count(storage: Storage, failures: int) -> None:
