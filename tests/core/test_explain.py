@@ -94,6 +94,7 @@ def test_the_worst_case_is_a_product_of_attempts_and_a_sum_of_times(policies, at
         ((retry(seconds=4), timeout(2)), "attempts-exceed-total"),
         ((timeout(30), retry(), timeout(2)), "attempt-timeout-outside-retry"),
         ((retry(), timeout(total=2)), "total-inside-retry"),
+        ((retry(seconds=60), timeout(total=30)), "total-inside-retry"),
         ((timeout(total=2), timeout(2)), "timeout-never-fires"),
         ((timeout(3), breaker(), timeout(2)), "timeout-never-fires"),
         ((timeout(0.2), hedge(0.2)), "hedge-never-starts"),

@@ -8,6 +8,7 @@ from meshkit import Backoff, CircuitBreaker, ConfigurationError, Fallback, Pipel
 from meshkit.policies.bulkhead import Bulkhead
 from meshkit.policies.config import PARTS, Policies
 from meshkit.policies.presets import messaging, standard
+from meshkit.policies.rate_limiter import RateLimiter
 from meshkit.policies.retry_budget import RetryBudget
 
 
@@ -98,17 +99,18 @@ def test_a_part_is_switched_off_and_on(toml):
 
 
 def test_all_parts_can_be_had(toml, clock):
-    """Fallback and budget have no default in the presets, or one that can be changed."""
+    """Fallback, rate limiter and budget have no default in the presets, or one that can be changed."""
     pipeline = toml(
         """
         [clients.users]
         fallback = {answer = [], name = "nobody", on = ["ConnectionError"]}
+        rate_limiter = {permits = 10, per = "1s"}
         bulkhead = {limit = 3}
         budget = {ratio = 0.1}
         """,
         clock=clock,
     ).pipeline("users")
-    assert [Timeout, Fallback, Retry, CircuitBreaker, Bulkhead, Timeout] == [
+    assert [Timeout, Fallback, Retry, CircuitBreaker, RateLimiter, Bulkhead, Timeout] == [
         type(policy) for policy in pipeline.policies
     ]
     assert 0.1 == part(pipeline, Retry).budget.ratio
@@ -273,9 +275,14 @@ def test_findings_are_allowed_with_a_reason(toml, caplog):
             "clients.users.breaker.failure_rate is 'half': it is a number",
         ),
         ("[clients.users.breaker]\nfailure_rate = 50", "clients.users.breaker.failure_rate: failure_rate is a share"),
+        ("[clients.users]\nrate_limiter = true", "clients.users.rate_limiter needs permits."),
         ("[clients.users]\nfallback = true", "clients.users.fallback needs answer."),
         ("[clients.users]\nfallback = {name = 3}", "clients.users.fallback.name is 3: it is a text"),
         ('[clients.users]\nallow = {"jitter" = "x"}', "clients.users.allow.jitter: allow names 'jitter'"),
+        (
+            "[clients.users.breaker]\nwindow = 20\nwindow_for = 30",
+            "clients.users.breaker.window_for: window counts calls and window_for counts seconds",
+        ),
         ("[clients.users", "is no TOML"),
     ],
 )
@@ -344,6 +351,7 @@ def test_every_keyword_of_a_policy_can_be_set_or_is_python_only():
         "retry": {"retry", "wait", "stop", "on_result", "discard", "budget", "clock"},
         "budget": {"name", "clock"},
         "breaker": {"name", "failed", "listeners", "clock"},
+        "rate_limiter": {"name", "clock"},
         "bulkhead": {"name", "clock"},
     }
     classes = {
@@ -351,6 +359,7 @@ def test_every_keyword_of_a_policy_can_be_set_or_is_python_only():
         "retry": Retry,
         "budget": RetryBudget,
         "breaker": CircuitBreaker,
+        "rate_limiter": RateLimiter,
         "bulkhead": Bulkhead,
     }
     for name, kind in classes.items():

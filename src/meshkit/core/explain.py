@@ -375,7 +375,7 @@ def _findings(steps: Sequence[Step], worst: _Worst) -> Iterator[Finding]:
     for index, step in enumerate(steps):
         outer, inner = steps[:index], steps[index + 1 :]
         if step.kind == "retry":
-            yield from _about_retry(step, outer, worst)
+            yield from _about_retry(step, outer, inner, worst)
         elif step.kind == "timeout":
             yield from _about_timeout(step, outer, inner)
         elif step.kind == "fallback":
@@ -392,7 +392,7 @@ def _repeats(step: Step) -> bool:
     return step.kind == "retry" and attempts_of(step) > 1
 
 
-def _about_retry(step: Step, outer: Sequence[Step], worst: _Worst) -> Iterator[Finding]:
+def _about_retry(step: Step, outer: Sequence[Step], inner: Sequence[Step], worst: _Worst) -> Iterator[Finding]:
     if not _repeats(step):
         return
     attempts = attempts_of(step)
@@ -449,7 +449,8 @@ def _about_retry(step: Step, outer: Sequence[Step], worst: _Worst) -> Iterator[F
                 remedy="Give it attempts= or within=, or put Timeout(total=…) around it.",
                 steps=(step.position,),
             )
-    else:
+    elif not any(within.kind == "timeout" and within.number("total") is not None for within in inner):
+        # A total one inside says nothing of how long an attempt may take: see `total-inside-retry`.
         needed, one = worst.needed(step), worst.inside(step)
         if math.isfinite(needed):
             limit, around = min(totals, key=lambda pair: pair[0], default=(math.inf, step))

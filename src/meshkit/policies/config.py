@@ -50,6 +50,7 @@ from meshkit.policies import presets
 from meshkit.policies.bulkhead import Bulkhead
 from meshkit.policies.circuit_breaker import CircuitBreaker
 from meshkit.policies.fallback import Fallback
+from meshkit.policies.rate_limiter import RateLimiter
 from meshkit.policies.retry import Backoff, Retry
 from meshkit.policies.retry_budget import RetryBudget
 
@@ -203,6 +204,7 @@ PARTS: Final[Mapping[str, Mapping[str, Parse | Mapping[str, Parse]]]] = {
         "ignore": _errors,
         "shadow": _switch,
     },
+    "rate_limiter": {"permits": _whole, "per": _length, "burst": _whole, "wait": _or_off_length},
     "bulkhead": {"limit": _whole, "queue": _whole, "wait": _or_off_length},
 }
 _LENGTHS: Final = ("total", "attempt_timeout")
@@ -520,21 +522,22 @@ def _pipeline(name: str, layers: list[_Layer], clock: Clock, problems: list[str]
         if ("preset",) in said:
             preset = said["preset",].value
     given: dict[tuple[str, ...], _Given] = {}
-    for said in (layer.defaults for layer in layers):
-        for path, value in said.items():
-            if len(path) != 1 or path[0] not in _LEFT_OUT[preset]:
-                _put(given, path, value)
+    for layer in layers:
+        left_out = _LEFT_OUT[preset]
+        _lay(given, {path: one for path, one in layer.defaults.items() if len(path) != 1 or path[0] not in left_out})
     for said in own:
-        for path, value in said.items():
-            _put(given, path, value)
+        _lay(given, said)
     return _Making(name, preset, given, clock, problems).pipeline()
 
 
-def _put(given: dict[tuple[str, ...], _Given], path: tuple[str, ...], value: _Given) -> None:
-    instead = _INSTEAD.get(path)
-    if instead is not None:
-        given.pop(instead, None)
-    given[path] = value
+def _lay(given: dict[tuple[str, ...], _Given], said: Mapping[tuple[str, ...], _Given]) -> None:
+    """Put what one source says over what those below it say."""
+    for path in said:
+        instead = _INSTEAD.get(path)
+        # Both of them in one source contradict each other, and the policy says so.
+        if instead is not None and instead not in said:
+            given.pop(instead, None)
+    given.update(said)
 
 
 class _Making:
@@ -563,6 +566,7 @@ class _Making:
             "fallback": lambda keys: Fallback(**keys),
             "budget": lambda keys: RetryBudget(self._name, **keys, clock=self._clock),
             "breaker": lambda keys: CircuitBreaker(self._name, **keys, clock=self._clock),
+            "rate_limiter": lambda keys: RateLimiter(self._name, **keys, clock=self._clock),
             "bulkhead": lambda keys: Bulkhead(self._name, **keys, clock=self._clock),
         }
         for part, made in make.items():

@@ -1,6 +1,7 @@
 """The usual policies in their usual order, with numbers that are argued for.
 
-The order, outermost first: total deadline → fallback → retry → circuit breaker → bulkhead → attempt timeout. Each attempt is judged by the breaker, and refused by it without taking a place; a fallback
+The order, outermost first: total deadline → fallback → retry → circuit breaker → rate limiter → bulkhead →
+attempt timeout. Each attempt is judged by the breaker, and refused by it without taking a permit or a place; a fallback
 answers whatever is left; and all of it, waits included, is over at the deadline.
 """
 
@@ -19,6 +20,7 @@ from meshkit.errors import ConfigurationError
 from meshkit.policies.bulkhead import Bulkhead
 from meshkit.policies.circuit_breaker import CircuitBreaker
 from meshkit.policies.fallback import Fallback
+from meshkit.policies.rate_limiter import RateLimiter
 from meshkit.policies.retry import Retry
 from meshkit.policies.retry_budget import RetryBudget
 from meshkit.policies.timeout import Timeout
@@ -55,6 +57,7 @@ def standard(
     fallback: Fallback | None = None,
     retry: Retry | Literal["standard"] | None = "standard",
     breaker: CircuitBreaker | Literal["standard"] | None = "standard",
+    rate_limiter: RateLimiter | None = None,
     bulkhead: Bulkhead | Literal["standard"] | None = "standard",
     attempt_timeout: float | None = ATTEMPT,
     allow: Mapping[str, str] = _NOTHING,
@@ -79,7 +82,8 @@ def standard(
       seconds, it judges a quiet client by the same evidence as a busy one.
     * `bulkhead` has 50 places and as many that wait, for half a second: at 200 ms each, 250 calls a second. What hangs
       for the full 2 s holds 50 connections of this process and no more.
-    * `fallback` is none, because only you know what may be answered instead.
+    * `fallback` is none, because only you know what may be answered instead; and no `rate_limiter`, because only you
+      know what the other side allows.
 
     Args:
         name: what is called, for events, metrics and errors.
@@ -87,6 +91,7 @@ def standard(
         fallback: what answers where nothing else does.
         retry: one of your own, with its own budget; `None` for none.
         breaker: one of your own; `None` for none.
+        rate_limiter: how many calls the other side allows.
         bulkhead: one of your own; `None` for none.
         attempt_timeout: seconds for one attempt; `None` for no limit.
         allow: as `Pipeline` takes it.
@@ -105,6 +110,7 @@ def standard(
         fallback,
         retry,
         CircuitBreaker(name, clock=clock) if breaker == "standard" else breaker,
+        rate_limiter,
         bulkhead,
         attempt_timeout,
         allow,
@@ -119,6 +125,7 @@ def messaging(
     fallback: Fallback | None = None,
     retry: Retry | None = None,
     breaker: CircuitBreaker | Literal["standard"] | None = "standard",
+    rate_limiter: RateLimiter | None = None,
     bulkhead: Bulkhead | None = None,
     attempt_timeout: float | None = MESSAGE_ATTEMPT,
     allow: Mapping[str, str] = _NOTHING,
@@ -144,7 +151,7 @@ def messaging(
 
     Args:
         name: what is called, for events, metrics and errors.
-        total, fallback, retry, bulkhead: as `standard` takes them; none where left out.
+        total, fallback, retry, rate_limiter, bulkhead: as `standard` takes them; none where left out.
         breaker: one of your own; `None` for none.
         attempt_timeout: seconds for the call; `None` for no limit.
         allow: as `Pipeline` takes it.
@@ -159,6 +166,7 @@ def messaging(
         fallback,
         retry,
         CircuitBreaker(name, clock=clock) if breaker == "standard" else breaker,
+        rate_limiter,
         bulkhead,
         attempt_timeout,
         allow,
@@ -172,6 +180,7 @@ def _made(
     fallback: Fallback | None,
     retry: Retry | None,
     breaker: CircuitBreaker | None,
+    rate_limiter: RateLimiter | None,
     bulkhead: Bulkhead | None,
     attempt_timeout: float | None,
     allow: Mapping[str, str],
@@ -181,6 +190,7 @@ def _made(
         "fallback": (fallback, Fallback),
         "retry": (retry, Retry),
         "breaker": (breaker, CircuitBreaker),
+        "rate_limiter": (rate_limiter, RateLimiter),
         "bulkhead": (bulkhead, Bulkhead),
     }
     for keyword, (given, kind) in kinds.items():
@@ -191,6 +201,7 @@ def _made(
         fallback,
         retry,
         breaker,
+        rate_limiter,
         bulkhead,
         None if attempt_timeout is None else Timeout(attempt_timeout, clock=clock),
     ]
