@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import re
+import tomllib
+from pathlib import Path
+
 import pytest
 
 import benchmarks
 from benchmarks import policies
 from benchmarks.__main__ import _drawn
 
+ROOT = Path(__file__).parents[2]
 OURS = ("meshkit breaker", "meshkit retry")
 
 
@@ -79,6 +84,15 @@ def test_every_row_names_contenders_that_there_are() -> None:
     }
     traced = {f"{name}, traced" for name in states if name.startswith(OURS)}
     assert set() == named - states - traced - {"bare call", "bare raise", "bare raise, sync"}
+
+
+def test_every_library_can_be_installed_by_an_extra() -> None:
+    """What is measured beside meshkit is a dependency, of the tests or of the bench: `./run bench policies` installs it."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = project["optional-dependencies"]
+    wanted = {re.split(r"[\[<>=]", each)[0] for each in [*project["dependencies"], *extras["test"], *extras["bench"]]}
+    peers = {peer.distribution for peer in [*policies.BREAKERS.values(), *policies.RETRIES.values()]}
+    assert set() == peers - wanted - {"", "meshkit-py"}
 
 
 def test_a_table_is_drawn_in_columns() -> None:
