@@ -49,10 +49,9 @@ _log = logging.getLogger("meshkit")
 
 # No caller waits longer than this, whatever a header says.
 MOST_TIMEOUT: Final = 600.0
-# Of the time that a caller waits, so much is kept for the way back of the answer, seconds, and not more than this share
-# of it. Who gives up in the very moment in which the caller does cannot tell it why: the caller would take a
+# Of the time that a caller waits, this share is kept for the way back of the answer, and not more than so many seconds. Who gives up in the very moment in which the caller does cannot tell it why: the caller would take a
 # dependency that hangs two services further down for a fault of this one.
-_RESERVE: Final = 0.1
+_RESERVE: Final = 1.0
 _RESERVE_SHARE: Final = 0.05
 _MOST_ATTEMPT: Final = 1000
 SENSITIVE_PARAMETERS: Final = frozenset(
@@ -90,7 +89,7 @@ def install(
         grace: seconds that parts have for finishing what is in hand.
         timeout: seconds that a request has, for the calls it makes; `None` for no limit of our own. A deadline that
             comes with a request (`meshkit-timeout-ms`, `grpc-timeout`, `x-envoy-expected-rq-timeout-ms`) only
-            shortens it. Of that one a twentieth, 0.1 s at the most, is kept for the way of the answer.
+            shortens it. Of that one a twentieth, 1 s at the most, is kept for the way of the answer.
         metrics: path of the metrics, `None` for none.
         health: path under which `live`, `ready` and `started` are, `None` for none.
         lifecycle: one to share with other apps of the process; a new one where left out.
