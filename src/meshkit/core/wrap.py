@@ -31,7 +31,16 @@ _OWN: Final = frozenset(
         *("__getattr__", "__getattribute__", "__getnewargs__", "__getnewargs_ex__", "__getstate__", "__init__"),
         *("__init_subclass__", "__module__", "__new__", "__reduce__", "__reduce_ex__", "__repr__", "__set_name__"),
         *("__setattr__", "__setstate__", "__sizeof__", "__slots__", "__subclasshook__", "__weakref__", "__copy__"),
-        *("__deepcopy__", "__eq__", "__ne__", "__hash__", "__annotate__", "__annotations__", "__instancecheck__"),
+        *(
+            "__deepcopy__",
+            "__eq__",
+            "__ne__",
+            "__hash__",
+            "__annotate__",
+            "__annotate_func__",
+            "__annotations__",
+            "__instancecheck__",
+        ),
         *("__subclasscheck__", "__prepare__", "__mro_entries__", "__get__", "__set__", "__delete__"),
     }
 )
