@@ -63,6 +63,7 @@ if TYPE_CHECKING:
     from meshkit.policies.circuit_breaker import CircuitOpenError as CircuitOpenError
     from meshkit.policies.config import Policies as Policies
     from meshkit.policies.fallback import Fallback as Fallback
+    from meshkit.policies.fallback import LastGood as LastGood
     from meshkit.policies.keyed import CircuitBreakers as CircuitBreakers
     from meshkit.policies.presets import standard as standard
     from meshkit.policies.rate_limiter import RateLimiter as RateLimiter
@@ -112,7 +113,7 @@ _PUBLIC = {
     "Bulkhead": "meshkit.policies.bulkhead",
     **dict.fromkeys(("CircuitBreaker", "CircuitOpenError"), "meshkit.policies.circuit_breaker"),
     "Policies": "meshkit.policies.config",
-    "Fallback": "meshkit.policies.fallback",
+    **dict.fromkeys(("Fallback", "LastGood"), "meshkit.policies.fallback"),
     "CircuitBreakers": "meshkit.policies.keyed",
     "standard": "meshkit.policies.presets",
     "RateLimiter": "meshkit.policies.rate_limiter",

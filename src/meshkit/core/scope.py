@@ -45,7 +45,7 @@ class Scope:
         self.handling = handling
         self._parent = parent
         # Made when there is something to write: most calls have nothing to say.
-        self._degraded: list[str] | None = None
+        self._degraded: dict[str, float | None] | None = None
         self._exhausted = False
         self._opened: float | None = None
 
@@ -60,16 +60,19 @@ class Scope:
 
     @property
     def degraded(self) -> tuple[str, ...]:
-        """Names of the fallbacks that answered, in order, each once."""
-        return tuple(self._root._degraded or ())
+        """Names of the fallbacks that answered, in order, each once; with the age of what they answered, in seconds,
+        where that was kept from an earlier call: `last-known-prices;age=42`."""
+        marks = self._root._degraded or {}
+        return tuple(name if age is None else f"{name};age={age:.0f}" for name, age in marks.items())
 
-    def mark_degraded(self, name: str) -> None:
-        """Say that fallback `name` answered in place of the real thing."""
+    def mark_degraded(self, name: str, *, age: float | None = None) -> None:
+        """Say that fallback `name` answered in place of the real thing, with something `age` seconds old. Of several
+        ages the oldest one is told."""
         root = self._root
         if root._degraded is None:
-            root._degraded = [name]
-        elif name not in root._degraded:
-            root._degraded.append(name)
+            root._degraded = {}
+        known = root._degraded.get(name)
+        root._degraded[name] = known if age is None else age if known is None else max(known, age)
 
     @property
     def exhausted(self) -> bool:
@@ -113,7 +116,12 @@ def open_scope(scope: Scope) -> Token[Scope | None]:
 
 def close_scope(token: Token[Scope | None]) -> None:
     """Make that scope the current one again which was so before `open_scope`."""
-    _current.reset(token)
+    try:
+        _current.reset(token)
+    except ValueError:
+        # A coroutine that was dropped in the middle is closed by the collector, in a context that is not its own. There
+        # is nothing to undo, and a policy further out would take the error for the call's.
+        return
 
 
 @contextmanager
@@ -123,4 +131,4 @@ def scope_open(scope: Scope) -> Iterator[Scope]:
     try:
         yield scope
     finally:
-        _current.reset(token)
+        close_scope(token)
