@@ -1,12 +1,17 @@
+import asyncio
+import contextlib
 import json
 import logging
 import math
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from tenacity import stop_after_attempt, wait_fixed
 
 from meshkit import Backoff, CircuitBreaker, ConfigurationError, Fallback, Pipeline, Retry, Timeout
 from meshkit.core.explain import FINDINGS, Finding, explain
+from meshkit.testing.clock import ManualClock
 
 
 def said(*policies, name="prices", allow=None):
@@ -78,6 +83,7 @@ def test_the_worst_case_is_a_product_of_attempts_and_a_sum_of_times(policies, at
     [
         ((retry(), fallback()), "fallback-inside-retry"),
         ((retry(), fallback(on=["ConnectionError"])), "fallback-inside-retry"),
+        ((retry(), fallback(on="ConnectionError")), "fallback-inside-retry"),
         ((breaker(), fallback()), "fallback-inside-breaker"),
         ((fallback(), fallback()), "fallback-never-used"),
         ((breaker(), retry()), "breaker-outside-retry"),
@@ -115,6 +121,7 @@ def test_what_works_against_itself_is_found(policies, found):
     [
         (timeout(total=10), fallback(), retry(), breaker(slow_after=1.0), bulkhead(), timeout(2)),
         (retry(), fallback(on=["meshkit.CircuitOpenError", "BulkheadFullError"])),
+        (retry(), fallback(on="CircuitOpenError")),
         (retry(1), fallback()),
         (breaker(), retry(1)),
         (breaker(), fallback(on=["KeyError"])),
@@ -257,3 +264,59 @@ def test_the_policies_say_what_is_read():
     assert None is foreign.attempts
     assert () == foreign.findings
     assert "fallback-inside-retry" not in str(Pipeline("order", Fallback(answer=0), Retry(), Timeout(1)).explain())
+
+
+SECONDS = st.sampled_from([0.25, 0.5, 1.0, 2.0])
+STEP = 0.25
+
+
+@st.composite
+def guards(draw, depth=1):
+    """Makers of policies, outermost first: what they are made with is a clock."""
+
+    def retry_of(attempts, wait, within):
+        backoff = Backoff(first=wait, factor=1, jitter="none")
+        return lambda clock: Retry(attempts=attempts, backoff=backoff, within=within, clock=clock)
+
+    one = [
+        st.builds(retry_of, st.integers(1, 3), st.sampled_from([0.0, 0.25, 1.0]), st.none() | SECONDS),
+        st.builds(lambda seconds: lambda clock: Timeout(seconds, clock=clock), SECONDS),
+        st.builds(lambda seconds: lambda clock: Timeout(total=seconds, clock=clock), SECONDS),
+    ]
+    if depth:
+        inner = guards(depth=depth - 1)
+        one.append(st.builds(lambda made: lambda clock: Pipeline("inner", *(make(clock) for make in made)), inner))
+    return draw(st.lists(st.one_of(one), max_size=4))
+
+
+@settings(max_examples=150, deadline=None)
+@given(makers=guards(), durations=st.lists(st.sampled_from([0.0, 0.25, 1.0, 5.0]), min_size=1, max_size=4))
+def test_no_call_is_worse_than_the_worst_case(makers, durations):
+    """Whatever the policies, and however long each attempt takes before it fails: there are no more attempts than
+    explain() says, and it takes no longer."""
+
+    async def run():
+        clock = ManualClock(hold=True)
+        pipeline = Pipeline("any", *(make(clock) for make in makers))
+        calls, started = 0, clock.now()
+
+        async def fails():
+            nonlocal calls
+            calls += 1
+            await clock.sleep(durations[calls % len(durations)])
+            raise ConnectionError
+
+        call = asyncio.create_task(pipeline.call(fails))
+        await asyncio.sleep(0)
+        while not call.done():
+            await clock.advance(STEP)
+        with contextlib.suppress(ConnectionError, TimeoutError):
+            call.result()
+        return pipeline.explain(), calls, clock.now() - started
+
+    explained, calls, took = asyncio.run(run())
+    assert explained.attempts is not None
+    assert calls <= explained.attempts
+    if explained.seconds is not None:
+        # A last step may have begun when the call was over already.
+        assert took <= explained.seconds + STEP

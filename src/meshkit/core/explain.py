@@ -519,7 +519,8 @@ def _about_timeout(step: Step, outer: Sequence[Step], inner: Sequence[Step]) -> 
 
 
 def _about_fallback(step: Step, outer: Sequence[Step]) -> Iterator[Finding]:
-    named = [str(name).rpartition(".")[2] for name in cast("Iterable[object]", step.settings.get("on") or ())]
+    on = step.settings.get("on") or ()
+    named = [str(name).rpartition(".")[2] for name in ([on] if isinstance(on, str) else cast("Iterable[object]", on))]
     for around in outer:
         if _repeats(around) and not (named and _REFUSALS.issuperset(named)):
             yield Finding(
