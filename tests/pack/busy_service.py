@@ -15,7 +15,10 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 from meshkit.core import events
 from meshkit.core.events import Event
+from meshkit.policies.bulkhead import Bulkhead
 from meshkit.policies.circuit_breaker import CircuitBreaker
+from meshkit.policies.rate_limiter import RateLimiter
+from meshkit.policies.retry_budget import RetryBudget
 from meshkit.telemetry.recorder import install
 
 # Sampled, so the recorder makes exemplars of it.
@@ -44,6 +47,11 @@ def one_round(number: int) -> Iterator[Event]:
         source=PROVIDER, operation="charge", outcome="success", attempts=2, seconds=0.2, traceparent=STORY
     )
     yield events.FallbackUsed(source=PROVIDER, reason="breaker_open", result="success", error_type="CircuitOpenError")
+    yield events.RetryBudgetExhausted(source=PROVIDER, kind="retry")
+    yield events.HedgeStarted(source=PROVIDER, attempt=2, delay=0.1)
+    yield events.HedgeEnded(source=PROVIDER, attempts=2, winner=2)
+    yield events.BulkheadRejected(source=PROVIDER, reason="full")
+    yield events.RateLimited(source=PROVIDER, retry_after=0.5)
     yield events.CircuitChanged(source=PROVIDER, old="closed", new="open", retry_after=1.0)
     yield events.CircuitChanged(source=PROVIDER, old="open", new="closed")
     yield events.ServerRequestEnded(
@@ -79,9 +87,19 @@ def one_round(number: int) -> Iterator[Event]:
     yield events.InvalidContext(source="http", reason="malformed")
 
 
+def policies() -> tuple[object, ...]:
+    """What a scrape asks for its state."""
+    return (
+        CircuitBreaker(PROVIDER),
+        Bulkhead(PROVIDER, limit=10),
+        RateLimiter(PROVIDER, permits=10),
+        RetryBudget(PROVIDER),
+    )
+
+
 def main() -> None:
     recorder = install()
-    breaker = CircuitBreaker(PROVIDER)
+    there = policies()
 
     class Metrics(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
@@ -96,7 +114,7 @@ def main() -> None:
 
     server = ThreadingHTTPServer(("127.0.0.1", int(sys.argv[1])), Metrics)
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    print(f"ready, with a breaker {breaker.state}", flush=True)
+    print(f"ready, with {there}", flush=True)
     for event in starting():
         events.emit(event)
     for number in itertools.count():

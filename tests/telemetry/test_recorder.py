@@ -18,8 +18,12 @@ from prometheus_client.parser import text_string_to_metric_families as parse_tex
 from meshkit._version import __version__
 from meshkit.core import events
 from meshkit.core.events import Event, emit
+from meshkit.core.pipeline import Pipeline
 from meshkit.core.trace import tracer, use_tracer
+from meshkit.policies.bulkhead import Bulkhead
 from meshkit.policies.circuit_breaker import CircuitBreaker, CircuitOpenError
+from meshkit.policies.rate_limiter import RateLimiter
+from meshkit.policies.retry_budget import RetryBudget
 from meshkit.telemetry import recorder as recorders
 from meshkit.telemetry import tracing
 from meshkit.telemetry.catalogue import METRICS
@@ -223,11 +227,48 @@ MOVES: list[tuple[Event | None, str, dict[str, str], object]] = [
         {"carrier": "amqp", "reason": "type"},
         1,
     ),
+    (
+        events.RetryBudgetExhausted(source="provider", kind="hedge"),
+        "meshkit_retry_budget_exhausted_total",
+        {"client": "provider", "kind": "hedge"},
+        1,
+    ),
+    (
+        events.HedgeStarted(source="provider", attempt=2, delay=0.1),
+        "meshkit_hedges_total",
+        {"client": "provider"},
+        1,
+    ),
+    *(
+        (
+            events.HedgeEnded(source="provider", attempts=2, winner=winner),
+            "meshkit_hedged_calls_total",
+            {"client": "provider", "winner": word},
+            1,
+        )
+        for winner, word in ((1, "first"), (2, "hedge"), (None, "none"))
+    ),
+    (
+        events.BulkheadRejected(source="provider", reason="full"),
+        "meshkit_bulkhead_rejections_total",
+        {"bulkhead": "provider", "reason": "full"},
+        1,
+    ),
+    (
+        events.RateLimited(source="provider", retry_after=1),
+        "meshkit_ratelimiter_rejections_total",
+        {"ratelimiter": "provider"},
+        1,
+    ),
 ]
 # Shown by tests of their own below.
 ELSEWHERE = {
     "meshkit_circuitbreaker_state",
     "meshkit_circuitbreaker_calls_total",
+    "meshkit_retry_budget_balance",
+    "meshkit_bulkhead_calls",
+    "meshkit_bulkhead_limit",
+    "meshkit_ratelimiter_available",
     "meshkit_consumer_last_settle_timestamp_seconds",
     "meshkit_metric_label_overflow_total",
     "meshkit_build_info",
@@ -394,6 +435,33 @@ async def test_a_scrape_shows_state_and_calls_of_each_breaker(recorder, registry
     assert {"success": 0, "failure": 2, "ignored": 0, "rejected": 3} == calls
     labels = {"breaker": "scraped provider", "from_state": "closed", "to_state": "open"}
     assert 1 == value(registry, "meshkit_circuitbreaker_transitions_total", **labels)
+
+
+async def test_what_holds_places_and_permits_is_read_when_somebody_looks(recorder, registry):
+    """Bulkheads, rate limiters and budgets of one name are added up; what nobody has any more is taken away."""
+    bulkheads = [Bulkhead("provider", limit=2, queue=5) for _ in range(2)]
+    limiter = RateLimiter("provider", permits=7)
+    budgets = [RetryBudget("provider", at_least=3), RetryBudget("", at_least=9)]
+
+    @Pipeline("provider", bulkheads[0])
+    async def look(seen):
+        generate_latest(registry)
+        seen["running"] = value(registry, "meshkit_bulkhead_calls", bulkhead="provider", state="running")
+
+    seen = {}
+    await Pipeline("provider", limiter).call(look, seen)
+    generate_latest(registry)
+    assert {"running": 1} == seen
+    assert 0 == value(registry, "meshkit_bulkhead_calls", bulkhead="provider", state="running")
+    assert 0 == value(registry, "meshkit_bulkhead_calls", bulkhead="provider", state="waiting")
+    assert 4 == value(registry, "meshkit_bulkhead_limit", bulkhead="provider")
+    assert 6 == value(registry, "meshkit_ratelimiter_available", ratelimiter="provider")
+    assert 3 == value(registry, "meshkit_retry_budget_balance", client="provider")
+    assert value(registry, "meshkit_retry_budget_balance", client="") is None
+    assert 0 == value(registry, "meshkit_retry_budget_exhausted_total", client="provider", kind="retry")
+    budgets.clear()
+    generate_latest(registry)
+    assert value(registry, "meshkit_retry_budget_balance", client="provider") is None
 
 
 def test_an_isolated_breaker_says_so(recorder, registry):

@@ -101,6 +101,8 @@ _ERROR_TYPE = Label(name="error_type", help="`module.Class` of the exception, ne
 _CLIENT = Label(name="client", help="configured name of the wrapped client or pipeline")
 _OPERATION = Label(name="operation", help="configured name of the operation, empty without one")
 _BREAKER = Label(name="breaker", help="name of the circuit breaker")
+_BULKHEAD = Label(name="bulkhead", help="name of the bulkhead")
+_LIMITER = Label(name="ratelimiter", help="name of the rate limiter")
 _QUEUE = Label(name="queue", help="queue the message was consumed from, never its delay rung, suspect lane or DLQ")
 _HANDLER = Label(name="handler", help="name of the handler")
 _DESTINATION = Label(name="destination", help="exchange and declared template of the routing key, or the queue")
@@ -150,6 +152,76 @@ METRICS: tuple[Metric, ...] = (
         help="Attempts after the first, by the error that made them necessary.",
         labels=(_CLIENT, _ERROR_TYPE),
         exemplars=True,
+    ),
+    Metric(
+        name="meshkit_retry_budget_exhausted_total",
+        kind="counter",
+        unit="attempts",
+        help="Retries and hedges that were not made because the budget of the destination was used up.",
+        labels=(_CLIENT, Label(name="kind", help="what was not made", values=("retry", "hedge"))),
+    ),
+    Metric(
+        name="meshkit_retry_budget_balance",
+        kind="gauge",
+        unit="attempts",
+        help="Retries and hedges that the budget of the destination allows now.",
+        labels=(_CLIENT,),
+        joined="livesum",
+    ),
+    Metric(
+        name="meshkit_hedges_total",
+        kind="counter",
+        unit="attempts",
+        help="Attempts that were started beside one that had not answered yet.",
+        labels=(_CLIENT,),
+    ),
+    Metric(
+        name="meshkit_hedged_calls_total",
+        kind="counter",
+        unit="calls",
+        help="Calls with more than one attempt at once, by the attempt that answered.",
+        labels=(_CLIENT, Label(name="winner", help="which attempt answered", values=("first", "hedge", "none"))),
+    ),
+    Metric(
+        name="meshkit_bulkhead_calls",
+        kind="gauge",
+        unit="calls",
+        help="Calls that hold a place of a bulkhead, and calls that wait for one.",
+        labels=(_BULKHEAD, Label(name="state", help="whether it has its place", values=("running", "waiting"))),
+        joined="livesum",
+    ),
+    Metric(
+        name="meshkit_bulkhead_limit",
+        kind="gauge",
+        unit="calls",
+        help="Places of a bulkhead, taken and free.",
+        labels=(_BULKHEAD,),
+        joined="livesum",
+    ),
+    Metric(
+        name="meshkit_bulkhead_rejections_total",
+        kind="counter",
+        unit="calls",
+        help="Calls that a bulkhead refused.",
+        labels=(
+            _BULKHEAD,
+            Label(name="reason", help="the queue was full, or the wait in it was over", values=("full", "timeout")),
+        ),
+    ),
+    Metric(
+        name="meshkit_ratelimiter_available",
+        kind="gauge",
+        unit="calls",
+        help="Calls that a rate limiter would let through at once.",
+        labels=(_LIMITER,),
+        joined="livesum",
+    ),
+    Metric(
+        name="meshkit_ratelimiter_rejections_total",
+        kind="counter",
+        unit="calls",
+        help="Calls that a rate limiter refused.",
+        labels=(_LIMITER,),
     ),
     Metric(
         name="meshkit_circuitbreaker_state",

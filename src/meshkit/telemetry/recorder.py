@@ -29,7 +29,10 @@ from meshkit.core import events
 from meshkit.core.clock import SYSTEM_CLOCK, Clock
 from meshkit.core.events import CircuitState, Event, listen
 from meshkit.core.trace import tracer
+from meshkit.policies.bulkhead import bulkheads
 from meshkit.policies.circuit_breaker import CircuitBreaker, breakers
+from meshkit.policies.rate_limiter import rate_limiters
+from meshkit.policies.retry_budget import budgets
 from meshkit.telemetry.catalogue import METRICS, Metric
 
 _log = logging.getLogger("meshkit")
@@ -132,6 +135,10 @@ class _Row(Generic[I]):
                 self.instrument.remove(*values)
 
 
+def _add(values: dict[tuple[str, ...], float], labels: tuple[str, ...], value: float) -> None:
+    values[labels] = values.get(labels, 0.0) + value
+
+
 class _BeforeScrape:
     """Stands first in the registry, so that a scrape brings the breakers up to date before it reads their metrics."""
 
@@ -166,7 +173,7 @@ class Recorder:
         self._refreshing = threading.Lock()
         self._refreshed = clock.now()
         self._counted: WeakKeyDictionary[CircuitBreaker, dict[str, int]] = WeakKeyDictionary()
-        self._shown: set[str] = set()
+        self._shown: dict[_Row[Gauge], set[tuple[str, ...]]] = {}
         self._exemplified: dict[Histogram, tuple[float, float]] = {}
         if not self._shared:
             self._register(_BeforeScrape(self))
@@ -177,6 +184,15 @@ class Recorder:
         self._calls = self._histogram("meshkit_client_call_duration_seconds")
         self._attempts = self._histogram("meshkit_client_attempt_duration_seconds")
         self._retries = self._counter("meshkit_retries_total")
+        self._budgets_exhausted = self._counter("meshkit_retry_budget_exhausted_total")
+        self._budget_balances = self._gauge("meshkit_retry_budget_balance")
+        self._hedges = self._counter("meshkit_hedges_total")
+        self._hedged = self._counter("meshkit_hedged_calls_total")
+        self._bulkhead_calls = self._gauge("meshkit_bulkhead_calls")
+        self._bulkhead_limits = self._gauge("meshkit_bulkhead_limit")
+        self._bulkhead_rejections = self._counter("meshkit_bulkhead_rejections_total")
+        self._limiter_available = self._gauge("meshkit_ratelimiter_available")
+        self._limiter_rejections = self._counter("meshkit_ratelimiter_rejections_total")
         self._states = self._gauge("meshkit_circuitbreaker_state")
         self._transitions = self._counter("meshkit_circuitbreaker_transitions_total")
         self._breaker_calls = self._counter("meshkit_circuitbreaker_calls_total")
@@ -213,6 +229,11 @@ class Recorder:
             listen(self._on_attempt_ended, kind=events.ClientAttemptEnded),
             listen(self._on_call_ended, kind=events.ClientCallEnded),
             listen(self._on_retry, kind=events.RetryScheduled),
+            listen(self._on_budget_exhausted, kind=events.RetryBudgetExhausted),
+            listen(self._on_hedge, kind=events.HedgeStarted),
+            listen(self._on_hedged, kind=events.HedgeEnded),
+            listen(self._on_bulkhead_full, kind=events.BulkheadRejected),
+            listen(self._on_rate_limited, kind=events.RateLimited),
             listen(self._on_circuit_changed, kind=events.CircuitChanged),
             listen(self._on_fallback, kind=events.FallbackUsed),
             listen(self._on_published, kind=events.MessagePublished),
@@ -263,7 +284,7 @@ class Recorder:
             self.registry.unregister(self._collectors.pop())
 
     def refresh(self) -> None:
-        """Write down what the circuit breakers say of themselves."""
+        """Write down what breakers, bulkheads, rate limiters and retry budgets say of themselves."""
         self._refreshed = self._clock.now()
         states: dict[str, CircuitState] = {}
         counts: list[tuple[CircuitBreaker, dict[str, int]]] = []
@@ -283,16 +304,46 @@ class Recorder:
                     if (more := count - before.get(result, 0)) > 0:
                         before[result] = count
                         child.inc(more)
-            for name, state in states.items():
-                for each in _SEVERITY:
-                    self._states.child(name, each).set(each == state)
-            for name in self._shown - states.keys():
-                for each in _SEVERITY:
-                    if self._shared:
-                        self._states.child(name, each).set(0)
-                    else:
-                        self._states.drop(name, each)
-            self._shown = set(states)
+            self._show(
+                self._states, {(name, each): each == state for name, state in states.items() for each in _SEVERITY}
+            )
+            self._refresh_policies()
+
+    def _refresh_policies(self) -> None:
+        """Those of one name are added up: to whoever watches a destination, they are one."""
+        balances: dict[tuple[str, ...], float] = {}
+        for budget in budgets():
+            if not budget.name:
+                continue
+            self._budgets_exhausted.start(client=budget.name)
+            _add(balances, (self._budget_balances.fold(0, budget.name),), budget.balance)
+        self._show(self._budget_balances, balances)
+        calls: dict[tuple[str, ...], float] = {}
+        limits: dict[tuple[str, ...], float] = {}
+        for bulkhead in bulkheads():
+            self._bulkhead_rejections.start(bulkhead=bulkhead.name)
+            name = self._bulkhead_calls.fold(0, bulkhead.name)
+            _add(calls, (name, "running"), bulkhead.in_use)
+            _add(calls, (name, "waiting"), bulkhead.waiting)
+            _add(limits, (self._bulkhead_limits.fold(0, bulkhead.name),), bulkhead.limit)
+        self._show(self._bulkhead_calls, calls)
+        self._show(self._bulkhead_limits, limits)
+        available: dict[tuple[str, ...], float] = {}
+        for limiter in rate_limiters():
+            self._limiter_rejections.start(ratelimiter=limiter.name)
+            _add(available, (self._limiter_available.fold(0, limiter.name),), limiter.available)
+        self._show(self._limiter_available, available)
+
+    def _show(self, row: _Row[Gauge], values: dict[tuple[str, ...], float]) -> None:
+        """Set the children of a gauge to what there is now, and take away those of what is gone."""
+        for labels, value in values.items():
+            row.child(*labels).set(value)
+        for labels in self._shown.get(row, set()) - values.keys():
+            if self._shared:
+                row.child(*labels).set(0)
+            else:
+                row.drop(*labels)
+        self._shown[row] = set(values)
 
     # -- instruments --------------------------------------------------------------------------------------------------
 
@@ -381,6 +432,22 @@ class Recorder:
         self._retries.child(event.source, event.error_type).inc(
             1, None if here is None else self._exemplar(here.traceparent)
         )
+
+    def _on_budget_exhausted(self, event: events.RetryBudgetExhausted) -> None:
+        self._budgets_exhausted.child(event.source, event.kind).inc()
+
+    def _on_hedge(self, event: events.HedgeStarted) -> None:
+        self._hedges.child(event.source).inc()
+
+    def _on_hedged(self, event: events.HedgeEnded) -> None:
+        winner = "none" if event.winner is None else "first" if event.winner == 1 else "hedge"
+        self._hedged.child(event.source, winner).inc()
+
+    def _on_bulkhead_full(self, event: events.BulkheadRejected) -> None:
+        self._bulkhead_rejections.child(event.source, event.reason).inc()
+
+    def _on_rate_limited(self, event: events.RateLimited) -> None:
+        self._limiter_rejections.child(event.source).inc()
 
     def _on_circuit_changed(self, event: events.CircuitChanged) -> None:
         self._transitions.child(event.source, event.old, event.new).inc()
