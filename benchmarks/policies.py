@@ -249,8 +249,13 @@ def _purgatory_keyed() -> Keyed:
         async with await factory.get_breaker(str(key)):
             return await fn()
 
-    # It does not tell; no other factory's are alive.
-    return call, lambda: sum(isinstance(held, context) for held in gc.get_objects())
+    def alive() -> int:
+        gc.collect()
+        return sum(isinstance(held, context) for held in gc.get_objects())
+
+    # It does not tell; those of other factories were there before.
+    before = alive()
+    return call, lambda: alive() - before
 
 
 def _interlock_keyed() -> Keyed:
