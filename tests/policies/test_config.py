@@ -1,10 +1,12 @@
 import inspect
 import json
+import re
 
 import pytest
 
 import meshkit
 from meshkit import Backoff, CircuitBreaker, ConfigurationError, Fallback, Pipeline, Retry, Timeout
+from meshkit.policies import config
 from meshkit.policies.bulkhead import Bulkhead
 from meshkit.policies.config import PARTS, Policies
 from meshkit.policies.presets import messaging, standard
@@ -36,6 +38,17 @@ def refused(make, *args, **options):
     with pytest.raises(ConfigurationError) as caught:
         make(*args, **options)
     return str(caught.value)
+
+
+def test_the_example_of_the_module_loads(toml):
+    """What its docstring shows is a file that can be read, and does what the comments say."""
+    (example,) = re.findall(r"```toml\n(.*?)```", config.__doc__, re.DOTALL)
+    policies = toml(example)
+    assert ("user-service", "mailer") == policies.names
+    assert 2 == retry_of(policies, "user-service").attempts
+    assert None is part(policies.pipeline("user-service"), Bulkhead)
+    assert ["circuit_breaker", "timeout"] == [step.kind for step in policies.pipeline("mailer").explain().steps]
+    assert 2.0 == policies.pipeline("mailer").explain().seconds
 
 
 def test_a_client_without_settings_is_the_preset(toml, clock):
@@ -276,7 +289,6 @@ def test_findings_are_allowed_with_a_reason(toml, caplog):
         ),
         ("[clients.users.breaker]\nfailure_rate = 50", "clients.users.breaker.failure_rate: failure_rate is a share"),
         ("[clients.users]\nrate_limiter = true", "clients.users.rate_limiter needs permits."),
-        ("[clients.users]\nfallback = true", "clients.users.fallback needs answer."),
         ("[clients.users]\nfallback = {name = 3}", "clients.users.fallback.name is 3: it is a text"),
         ('[clients.users]\nallow = {"jitter" = "x"}', "clients.users.allow.jitter: allow names 'jitter'"),
         (
@@ -347,7 +359,7 @@ def test_a_file_that_is_not_there_is_named(tmp_path):
 def test_every_keyword_of_a_policy_can_be_set_or_is_python_only():
     """The table of keys and the signatures agree, so that a new keyword is not forgotten here."""
     python_only = {
-        "fallback": set(),
+        "fallback": {"last_good"},
         "retry": {"retry", "wait", "stop", "on_result", "discard", "budget", "clock"},
         "budget": {"name", "clock"},
         "breaker": {"name", "failed", "listeners", "clock"},
