@@ -33,8 +33,9 @@ from tenacity import (
     wait_random_exponential,
 )
 
-from meshkit import Backoff, ConfigurationError, Pipeline, RateLimitedError, Retry, Scope, retry_end
+from meshkit import Backoff, ConfigurationError, Pipeline, RateLimitedError, Retry, Scope, listen, retry_end
 from meshkit.core.call import Call
+from meshkit.core.events import RetryScheduled
 from meshkit.core.scope import scope_open
 
 
@@ -398,3 +399,16 @@ async def test_a_predicate_that_fails_leaves_no_result_open(clock):
     with pytest.raises(ZeroDivisionError):
         await Retry(retry=lambda state: 1 / 0, clock=clock).run(Call("prices", discard=discard), send)
     assert ["body"] == closed
+
+
+@pytest.mark.parametrize("wait", [-1.0, float("nan")], ids=["negative", "no number"])
+async def test_a_wait_strategy_out_of_its_mind_is_no_wait(clock, wait):
+    """A wait below nothing, or that is no number, is none, and is told as none."""
+    heard = []
+    stop = listen(heard.append, kind=RetryScheduled)
+    try:
+        assert (2, "ok") == await attempts(False, clock, [DOWN, "ok"], wait=lambda state: wait)
+    finally:
+        stop()
+    assert [0.0] == [event.delay for event in heard]
+    assert [] == clock.sleeps
