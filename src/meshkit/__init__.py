@@ -64,6 +64,7 @@ if TYPE_CHECKING:
     from meshkit.policies.config import Policies as Policies
     from meshkit.policies.fallback import Fallback as Fallback
     from meshkit.policies.fallback import LastGood as LastGood
+    from meshkit.policies.hedge import Hedge as Hedge
     from meshkit.policies.keyed import CircuitBreakers as CircuitBreakers
     from meshkit.policies.presets import standard as standard
     from meshkit.policies.rate_limiter import RateLimiter as RateLimiter
@@ -114,6 +115,7 @@ _PUBLIC = {
     **dict.fromkeys(("CircuitBreaker", "CircuitOpenError"), "meshkit.policies.circuit_breaker"),
     "Policies": "meshkit.policies.config",
     **dict.fromkeys(("Fallback", "LastGood"), "meshkit.policies.fallback"),
+    "Hedge": "meshkit.policies.hedge",
     "CircuitBreakers": "meshkit.policies.keyed",
     "standard": "meshkit.policies.presets",
     "RateLimiter": "meshkit.policies.rate_limiter",
