@@ -661,6 +661,41 @@ async def test_no_breaker_is_kept_alive(name: str, clock: ManualClock) -> None:
         assert 0 == len(storages)
 
 
+async def test_no_breaker_is_kept_alive_by_a_store_that_hangs(faults: Faults, name: str, clock: ManualClock) -> None:
+    """While an exchange waits for its store, breakers that their owners let go of are gone all the same."""
+    guarded = breaker(name, clock)
+    alive = weakref.ref(guarded)
+    faults.fault = "hangs"
+    shared = SharedState(faults, clock=clock)
+    asking = asyncio.create_task(shared.refresh())
+    assert await asyncio.to_thread(faults.reached.wait, 5)
+    del guarded
+    gc.collect()
+    assert alive() is None
+    await shared.close()
+    assert not await asking
+
+
+async def test_thousands_of_breakers_hold_up_no_call(name: str, clock: ManualClock) -> None:
+    """Between looking at some breakers and at the next ones, other tasks have their turn."""
+    family = CircuitBreakers(name, key=lambda tenant: tenant, most=2000, clock=clock)
+    for tenant in range(2000):
+        family.get(tenant)
+    turns, before = 0, []
+
+    def of(wanted: str) -> None:
+        before.append(turns)
+
+    shared = SharedState(of, clock=clock)
+    exchange = asyncio.create_task(shared.refresh())
+    while not exchange.done():
+        turns += 1
+        await asyncio.sleep(0)
+    assert await exchange
+    # All were looked at before the first was written.
+    assert before[0] >= 40
+
+
 # -- when it exchanges ------------------------------------------------------------------------------------------------
 
 

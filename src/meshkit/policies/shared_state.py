@@ -33,7 +33,7 @@ from weakref import WeakKeyDictionary
 from meshkit.core.clock import SYSTEM_CLOCK, Clock
 from meshkit.core.lifecycle import Check
 from meshkit.errors import ConfigurationError, MeshkitError
-from meshkit.policies.circuit_breaker import BreakerSnapshot, CircuitBreaker, breakers
+from meshkit.policies.circuit_breaker import CircuitBreaker, breakers
 from meshkit.policies.keyed import CircuitBreakers, families
 
 T = TypeVar("T")
@@ -52,6 +52,8 @@ _TOUCH_EVERY: Final = 60.0
 _MOST_STEPS: Final = 100
 # A switch that ends sooner than this is not asserted again: the breaker is about to probe.
 _NEARLY_OVER: Final = 1.0
+# So many breakers are asked in one go.
+_AT_ONCE: Final = 50
 # What pybreaker's storages say where nothing, or nothing of ours, was written.
 _STOCK: Final = {"closed", "open", "half-open"}
 
@@ -140,11 +142,23 @@ class Switch:
             raise ValueError(f"{text!r:.100} is no switch") from error
 
 
+_StockState = Literal["closed", "open", "half-open"]
+
+
+@dataclass(frozen=True, slots=True)
+class _Seen:
+    """One breaker as a stock pybreaker would show it; `ago` is how long it has been open."""
+
+    state: _StockState
+    failures: int
+    ago: float
+
+
 @dataclass(frozen=True, slots=True)
 class _View:
     """What others are to see of the breakers of one name."""
 
-    state: Literal["closed", "open", "half-open"]
+    state: _StockState
     failures: int
     opened_at: int | None
 
@@ -239,7 +253,7 @@ class SharedState:
         self._lines: dict[str, _Line] = {}
         self._read_next = self._write_next = ""
         self._alive_at = 0.0
-        self._exchanging: asyncio.Future[_Heard] | None = None
+        self._exchanging: asyncio.Task[_Heard] | None = None
         self._task: asyncio.Task[None] | None = None
         self._away_since: float | None = None
         self._problem = "it has not been asked yet"
@@ -269,13 +283,13 @@ class SharedState:
 
     async def close(self) -> None:
         """Stop. What the breakers were told stays as it is."""
-        task, self._task = self._task, None
-        self._exchanging = None
+        running: list[asyncio.Task[Any]] = [task for task in (self._task, self._exchanging) if task is not None]
+        self._task = self._exchanging = None
         # A thread that still hangs in there keeps what it has.
         self._lines = {}
-        if task is not None:
+        for task in running:
             task.cancel()
-            await asyncio.gather(task, return_exceptions=True)
+        await asyncio.gather(*running, return_exceptions=True)
 
     async def __aenter__(self) -> Self:
         await self.start()
@@ -315,7 +329,7 @@ class SharedState:
         exchange = self._exchanging
         if exchange is None:
             self._alive_at = self._clock.now()
-            exchange = self._exchanging = _in_thread(functools.partial(self._exchange, self._lines), self.name)
+            exchange = self._exchanging = asyncio.create_task(self._round(self._lines), name=f"{self.name}: exchange")
             exchange.add_done_callback(self._exchanged)
         while not await _within(exchange, _PATIENCE, self._clock):
             if self._clock.now() - self._alive_at < _PATIENCE:
@@ -361,9 +375,8 @@ class SharedState:
 
     # -- in the thread ------------------------------------------------------------------------------------------------
 
-    def _exchange(self, lines: dict[str, _Line]) -> _Heard:
+    def _exchange(self, lines: dict[str, _Line], views: dict[str, _View]) -> _Heard:
         now, today = self._clock.now(), self._clock.time()
-        views = {name: _view(targets, today) for name, targets in _targets().items()}
         words: dict[str, Switch | None] = {}
         for gone in lines.keys() - views.keys():
             del lines[gone]
@@ -437,6 +450,22 @@ class SharedState:
 
     # -- in the event loop --------------------------------------------------------------------------------------------
 
+    async def _round(self, lines: dict[str, _Line]) -> _Heard:
+        views = await self._views()
+        # No breaker is held here while the store is waited for.
+        return await _in_thread(functools.partial(self._exchange, lines, views), self.name)
+
+    async def _views(self) -> dict[str, _View]:
+        # Breakers are asked here and not in the thread: one that was moved by hand tells its listeners when it is asked.
+        seen: dict[str, list[_Seen]] = {name: [] for name in {family.name for family in families()}}
+        for number, breaker in enumerate(breakers()):
+            seen.setdefault(breaker.name, []).append(_look(breaker))
+            if number % _AT_ONCE == _AT_ONCE - 1:
+                # There may be thousands, and calls go on meanwhile.
+                await asyncio.sleep(0)
+        now = self._clock.time()
+        return {name: _view(each, now) for name, each in seen.items()}
+
     async def _say(self, breaker: str, *, on: bool, until: float | None, reason: str, by: str) -> Switch:
         at = self._clock.time()
         word = Switch(on=on, until=until, at=at, version=uuid.uuid4().hex, reason=reason, by=by)
@@ -457,7 +486,7 @@ class SharedState:
         except Exception as error:
             raise _unreachable(f"{type(error).__name__}: {error}") from error
 
-    def _exchanged(self, exchange: asyncio.Future[_Heard]) -> None:
+    def _exchanged(self, exchange: asyncio.Task[_Heard]) -> None:
         error = None if exchange.cancelled() else exchange.exception()
         if exchange is not self._exchanging:
             # It was closed meanwhile.
@@ -553,28 +582,24 @@ def _rejects(target: Target) -> bool:
     return target.ordered if isinstance(target, CircuitBreakers) else target.state in ("open", "isolated")
 
 
-def _view(targets: list[Target], now: float) -> _View:
-    seen = [(target, target.snapshot()) for target in targets if isinstance(target, CircuitBreaker)]
-    states = {_shown(snapshot) for _, snapshot in seen}
-    state: Literal["closed", "open", "half-open"] = "closed"
+def _look(breaker: CircuitBreaker) -> _Seen:
+    snapshot = breaker.snapshot()
+    state: _StockState = "half-open" if snapshot.state == "half_open" else "open"
+    if snapshot.shadow or snapshot.state in ("closed", "disabled"):
+        state = "closed"
+    # From what is left, because a stock pybreaker adds its own `reset_timeout`, which is our `open_for`. Never later
+    # than now: pybreaker's Redis storage lets this time go forward only, and one to come would outlast a reset.
+    ago = 0.0 if snapshot.retry_after is None else max(0.0, breaker.open_for - snapshot.retry_after)
+    return _Seen(state, snapshot.failures, ago)
+
+
+def _view(seen: list[_Seen], now: float) -> _View:
+    states = {each.state for each in seen}
+    state: _StockState = "closed"
     if seen and "closed" not in states:
         state = "open" if states == {"open"} else "half-open"
-    opened: int | None = None
-    if state == "open":
-        # From what is left, because a stock pybreaker adds its own `reset_timeout`, which is our `open_for`. Never later
-        # than now: pybreaker's Redis storage lets this time go forward only, and one to come would outlast a reset.
-        times = [
-            now if snapshot.retry_after is None else min(now, now + snapshot.retry_after - breaker.open_for)
-            for breaker, snapshot in seen
-        ]
-        opened = _second_after(max(times))
-    return _View(state, sum(snapshot.failures for _, snapshot in seen), opened)
-
-
-def _shown(snapshot: BreakerSnapshot) -> Literal["closed", "open", "half-open"]:
-    if snapshot.shadow or snapshot.state in ("closed", "disabled"):
-        return "closed"
-    return "half-open" if snapshot.state == "half_open" else "open"
+    opened = _second_after(now - min(each.ago for each in seen)) if state == "open" else None
+    return _View(state, sum(each.failures for each in seen), opened)
 
 
 def _second_after(when: float) -> int:
