@@ -145,8 +145,8 @@ class CircuitBreakers:
 
     Args:
         name: what all of them guard. In events and metrics each breaker has this name, so that no number of keys makes
-            more series: the state shown is that of the breaker that rejects most. The key stands in a note on the
-            `CircuitOpenError`.
+            more series: the state shown is that of the breaker that rejects most, and what a forgotten one has counted
+            since the last scrape is missing. The key stands in a note on the `CircuitOpenError`.
         key: called with the arguments of the call, as the guarded function is; returns the key, which must be hashable.
         most: so many breakers are kept.
         named: given a key, the name of its breaker, instead of one for all. For keys that are few: metrics show the
