@@ -11,6 +11,7 @@ from tenacity import stop_after_attempt, wait_fixed
 
 from meshkit import Backoff, CircuitBreaker, ConfigurationError, Fallback, Pipeline, Retry, Timeout
 from meshkit.core.explain import FINDINGS, Finding, explain
+from meshkit.policies.hedge import Hedge
 from meshkit.testing.clock import ManualClock
 
 
@@ -63,6 +64,9 @@ def nested(*policies, name="inner", **settings):
         ((retry(), retry(2, waits=0.1), timeout(1)), 6, 6.6),
         ((retry(), nested(retry(2, waits=0.1), timeout(1))), 6, 6.6),
         ((hedge(), timeout(1)), 2, 1.2),
+        ((hedge(2), timeout(1)), 2, 1),
+        ((hedge(0, 3), timeout(1)), 3, 1),
+        ((hedge(math.inf), timeout(1)), 2, 1),
         ((retry(2, waits=0), hedge(), timeout(1)), 4, 2.4),
         ((bulkhead(wait=0.5), timeout(1)), 1, 1.5),
         ((LIMITER, timeout(1)), 1, 1.5),
@@ -140,6 +144,7 @@ def test_what_works_against_itself_is_found(policies, found):
         (timeout(total=3), breaker(), timeout(2)),
         (hedge(0.2), timeout(0.3)),
         (hedge(0.2, 1), timeout(0.1)),
+        (hedge(math.inf), timeout(0.1)),
         ({"kind": "mine"}, {}, timeout(2)),
     ],
 )
@@ -283,6 +288,8 @@ def guards(draw, depth=1):
         st.builds(lambda seconds: lambda clock: Timeout(seconds, clock=clock), SECONDS),
         st.builds(lambda seconds: lambda clock: Timeout(total=seconds, clock=clock), SECONDS),
     ]
+    if not draw(st.integers(0, 3)):
+        one.append(st.builds(lambda delay: lambda clock: Hedge(delay, clock=clock), SECONDS))
     if depth:
         inner = guards(depth=depth - 1)
         one.append(st.builds(lambda made: lambda clock: Pipeline("inner", *(make(clock) for make in made)), inner))

@@ -9,6 +9,7 @@ from meshkit import Backoff, CircuitBreaker, ConfigurationError, Fallback, Pipel
 from meshkit.policies import config
 from meshkit.policies.bulkhead import Bulkhead
 from meshkit.policies.config import PARTS, Policies
+from meshkit.policies.hedge import Hedge
 from meshkit.policies.presets import messaging, standard
 from meshkit.policies.rate_limiter import RateLimiter
 from meshkit.policies.retry_budget import RetryBudget
@@ -112,21 +113,23 @@ def test_a_part_is_switched_off_and_on(toml):
 
 
 def test_all_parts_can_be_had(toml, clock):
-    """Fallback, rate limiter and budget have no default in the presets, or one that can be changed."""
+    """Fallback, hedge, rate limiter and budget have no default in the presets, or one that can be changed."""
     pipeline = toml(
         """
         [clients.users]
         fallback = {answer = [], name = "nobody", on = ["ConnectionError"]}
+        hedge = {delay = "300ms"}
         rate_limiter = {permits = 10, per = "1s"}
         bulkhead = {limit = 3}
         budget = {ratio = 0.1}
         """,
         clock=clock,
     ).pipeline("users")
-    assert [Timeout, Fallback, Retry, CircuitBreaker, RateLimiter, Bulkhead, Timeout] == [
+    assert [Timeout, Fallback, Retry, Hedge, CircuitBreaker, RateLimiter, Bulkhead, Timeout] == [
         type(policy) for policy in pipeline.policies
     ]
     assert 0.1 == part(pipeline, Retry).budget.ratio
+    assert part(pipeline, Retry).budget is part(pipeline, Hedge).budget
     assert "users" == part(pipeline, CircuitBreaker).name
 
 
@@ -288,7 +291,7 @@ def test_findings_are_allowed_with_a_reason(toml, caplog):
             "clients.users.breaker.failure_rate is 'half': it is a number",
         ),
         ("[clients.users.breaker]\nfailure_rate = 50", "clients.users.breaker.failure_rate: failure_rate is a share"),
-        ("[clients.users]\nrate_limiter = true", "clients.users.rate_limiter needs permits."),
+        ("[clients.users]\nhedge = true", "clients.users.hedge needs delay."),
         ("[clients.users]\nfallback = {name = 3}", "clients.users.fallback.name is 3: it is a text"),
         ('[clients.users]\nallow = {"jitter" = "x"}', "clients.users.allow.jitter: allow names 'jitter'"),
         (
@@ -362,6 +365,7 @@ def test_every_keyword_of_a_policy_can_be_set_or_is_python_only():
         "fallback": {"last_good"},
         "retry": {"retry", "wait", "stop", "on_result", "discard", "budget", "clock"},
         "budget": {"name", "clock"},
+        "hedge": {"budget", "clock"},
         "breaker": {"name", "failed", "listeners", "clock"},
         "rate_limiter": {"name", "clock"},
         "bulkhead": {"name", "clock"},
@@ -370,6 +374,7 @@ def test_every_keyword_of_a_policy_can_be_set_or_is_python_only():
         "fallback": Fallback,
         "retry": Retry,
         "budget": RetryBudget,
+        "hedge": Hedge,
         "breaker": CircuitBreaker,
         "rate_limiter": RateLimiter,
         "bulkhead": Bulkhead,

@@ -5,6 +5,7 @@ import pytest
 import meshkit
 from meshkit import CircuitBreaker, ConfigurationError, Fallback, Retry, Timeout
 from meshkit.policies.bulkhead import Bulkhead
+from meshkit.policies.hedge import Hedge
 from meshkit.policies.presets import budget_of, messaging, standard
 from meshkit.policies.rate_limiter import RateLimiter
 
@@ -17,7 +18,7 @@ def part(pipeline, kind):
     return next(policy for policy in pipeline.policies if isinstance(policy, kind))
 
 
-ORDER = ["timeout", "fallback", "retry", "circuit_breaker", "rate_limiter", "bulkhead", "timeout"]
+ORDER = ["timeout", "fallback", "retry", "hedge", "circuit_breaker", "rate_limiter", "bulkhead", "timeout"]
 
 
 def test_the_standard_order(clock):
@@ -33,6 +34,7 @@ def test_whatever_is_given_has_its_place(clock, preset):
         total=10,
         fallback=Fallback(answer=None),
         retry=Retry(clock=clock),
+        hedge=Hedge(delay=0.2),
         breaker=CircuitBreaker("mine", clock=clock),
         rate_limiter=RateLimiter(permits=10),
         bulkhead=Bulkhead(limit=3),
@@ -47,7 +49,9 @@ def test_whatever_is_given_has_its_place(clock, preset):
 @pytest.mark.parametrize("preset", [standard, messaging])
 def test_each_part_can_be_left_out(preset):
     """None goes without."""
-    none = dict.fromkeys(("total", "fallback", "retry", "breaker", "rate_limiter", "bulkhead", "attempt_timeout"))
+    none = dict.fromkeys(
+        ("total", "fallback", "retry", "hedge", "breaker", "rate_limiter", "bulkhead", "attempt_timeout")
+    )
     assert () == preset("users", **none).policies
 
 

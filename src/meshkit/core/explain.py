@@ -347,7 +347,9 @@ class _Worst:
             bound = math.inf if within is None else within + seconds
             return attempts * tries, min(_times(tries, seconds) + self._waits(step), bound)
         if step.kind == "hedge":
-            return attempts * tries, seconds + _times(tries - 1, step.number("delay") or 0.0)
+            # Where a call is over before the delay is, no further attempt begins.
+            delay = step.number("delay") or 0.0
+            return attempts * tries, seconds + (_times(tries - 1, delay) if delay < seconds else 0.0)
         return attempts * tries, seconds if tries == 1 else _times(tries, seconds)
 
 
@@ -588,7 +590,8 @@ def _about_bulkhead(step: Step, outer: Sequence[Step]) -> Iterator[Finding]:
 
 def _about_hedge(step: Step, outer: Sequence[Step], worst: _Worst) -> Iterator[Finding]:
     delay = step.number("delay")
-    if delay is None or attempts_of(step) <= 1:
+    if delay is None or math.isinf(delay) or attempts_of(step) <= 1:
+        # Infinity is how one switches it off.
         return
     longest = min([worst.inside(step), *(limit_of(around) for around in outer if around.kind == "timeout")])
     if longest <= delay:

@@ -50,6 +50,7 @@ from meshkit.policies import presets
 from meshkit.policies.bulkhead import Bulkhead
 from meshkit.policies.circuit_breaker import CircuitBreaker
 from meshkit.policies.fallback import Fallback
+from meshkit.policies.hedge import Hedge
 from meshkit.policies.rate_limiter import RateLimiter
 from meshkit.policies.retry import Backoff, Retry
 from meshkit.policies.retry_budget import RetryBudget
@@ -186,6 +187,7 @@ PARTS: Final[Mapping[str, Mapping[str, Parse | Mapping[str, Parse]]]] = {
         },
     },
     "budget": {"ratio": _number, "window": _length, "at_least": _whole},
+    "hedge": {"delay": _length, "attempts": _whole},
     "breaker": {
         "failure_rate": _number,
         "min_calls": _whole,
@@ -218,7 +220,7 @@ _INSTEAD: Final[Mapping[tuple[str, ...], tuple[str, ...]]] = {
 # What the messaging preset leaves out on purpose is not brought back by what is said of all clients.
 _LEFT_OUT: Final[Mapping[str, frozenset[str]]] = {
     "standard": frozenset(),
-    "messaging": frozenset({"total", "retry", "budget", "bulkhead"}),
+    "messaging": frozenset({"total", "retry", "budget", "hedge", "bulkhead"}),
 }
 
 
@@ -571,11 +573,13 @@ class _Making:
         }
         for part, made in make.items():
             self._add(options, part, made)
+        # Retries and hedges draw on one budget.
         if "budget" in options:
             budget = cast("RetryBudget | None", options.pop("budget"))
         else:
             budget = presets.budget_of(self._name, self._clock)
         self._add(options, "retry", lambda keys: self._retry(keys, budget))
+        self._add(options, "hedge", lambda keys: Hedge(**keys, budget=budget, clock=self._clock))
         if self._preset == "standard" and "retry" not in options:
             options["retry"] = self._retry(dict(presets.KEYWORDS["retry"]), budget)
         allow = {path[1]: given.value for path, given in self._given.items() if path[0] == "allow"}

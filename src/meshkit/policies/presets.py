@@ -1,6 +1,6 @@
 """The usual policies in their usual order, with numbers that are argued for.
 
-The order, outermost first: total deadline → fallback → retry → circuit breaker → rate limiter → bulkhead →
+The order, outermost first: total deadline → fallback → retry → hedge → circuit breaker → rate limiter → bulkhead →
 attempt timeout. Each attempt is judged by the breaker, and refused by it without taking a permit or a place; a fallback
 answers whatever is left; and all of it, waits included, is over at the deadline.
 """
@@ -20,6 +20,7 @@ from meshkit.errors import ConfigurationError
 from meshkit.policies.bulkhead import Bulkhead
 from meshkit.policies.circuit_breaker import CircuitBreaker
 from meshkit.policies.fallback import Fallback
+from meshkit.policies.hedge import Hedge
 from meshkit.policies.rate_limiter import RateLimiter
 from meshkit.policies.retry import Retry
 from meshkit.policies.retry_budget import RetryBudget
@@ -56,6 +57,7 @@ def standard(
     total: float | None = TOTAL,
     fallback: Fallback | None = None,
     retry: Retry | Literal["standard"] | None = "standard",
+    hedge: Hedge | None = None,
     breaker: CircuitBreaker | Literal["standard"] | None = "standard",
     rate_limiter: RateLimiter | None = None,
     bulkhead: Bulkhead | Literal["standard"] | None = "standard",
@@ -82,14 +84,15 @@ def standard(
       seconds, it judges a quiet client by the same evidence as a busy one.
     * `bulkhead` has 50 places and as many that wait, for half a second: at 200 ms each, 250 calls a second. What hangs
       for the full 2 s holds 50 connections of this process and no more.
-    * `fallback` is none, because only you know what may be answered instead; and no `rate_limiter`, because only you
-      know what the other side allows.
+    * `fallback` is none, because only you know what may be answered instead; likewise `hedge`, which makes calls twice,
+      and `rate_limiter`, which needs to know what the other side allows.
 
     Args:
         name: what is called, for events, metrics and errors.
         total: seconds for everything; `None` for no limit.
         fallback: what answers where nothing else does.
         retry: one of your own, with its own budget; `None` for none.
+        hedge: a second attempt beside a slow one.
         breaker: one of your own; `None` for none.
         rate_limiter: how many calls the other side allows.
         bulkhead: one of your own; `None` for none.
@@ -109,6 +112,7 @@ def standard(
         total,
         fallback,
         retry,
+        hedge,
         CircuitBreaker(name, clock=clock) if breaker == "standard" else breaker,
         rate_limiter,
         bulkhead,
@@ -124,6 +128,7 @@ def messaging(
     total: float | None = None,
     fallback: Fallback | None = None,
     retry: Retry | None = None,
+    hedge: Hedge | None = None,
     breaker: CircuitBreaker | Literal["standard"] | None = "standard",
     rate_limiter: RateLimiter | None = None,
     bulkhead: Bulkhead | None = None,
@@ -151,7 +156,7 @@ def messaging(
 
     Args:
         name: what is called, for events, metrics and errors.
-        total, fallback, retry, rate_limiter, bulkhead: as `standard` takes them; none where left out.
+        total, fallback, retry, hedge, rate_limiter, bulkhead: as `standard` takes them; none where left out.
         breaker: one of your own; `None` for none.
         attempt_timeout: seconds for the call; `None` for no limit.
         allow: as `Pipeline` takes it.
@@ -165,6 +170,7 @@ def messaging(
         total,
         fallback,
         retry,
+        hedge,
         CircuitBreaker(name, clock=clock) if breaker == "standard" else breaker,
         rate_limiter,
         bulkhead,
@@ -179,6 +185,7 @@ def _made(
     total: float | None,
     fallback: Fallback | None,
     retry: Retry | None,
+    hedge: Hedge | None,
     breaker: CircuitBreaker | None,
     rate_limiter: RateLimiter | None,
     bulkhead: Bulkhead | None,
@@ -189,6 +196,7 @@ def _made(
     kinds: dict[str, tuple[object, type]] = {
         "fallback": (fallback, Fallback),
         "retry": (retry, Retry),
+        "hedge": (hedge, Hedge),
         "breaker": (breaker, CircuitBreaker),
         "rate_limiter": (rate_limiter, RateLimiter),
         "bulkhead": (bulkhead, Bulkhead),
@@ -200,6 +208,7 @@ def _made(
         None if total is None else Timeout(total=total, clock=clock),
         fallback,
         retry,
+        hedge,
         breaker,
         rate_limiter,
         bulkhead,
