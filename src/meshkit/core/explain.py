@@ -349,7 +349,7 @@ class _Worst:
         if step.kind == "hedge":
             # Where a call is over before the delay is, no further attempt begins.
             delay = step.number("delay") or 0.0
-            return attempts * tries, seconds + (_times(tries - 1, delay) if delay < seconds else 0.0)
+            return attempts * tries, seconds + (_times(tries - 1, delay) if delay <= seconds else 0.0)
         return attempts * tries, seconds if tries == 1 else _times(tries, seconds)
 
 
