@@ -49,8 +49,9 @@ _log = logging.getLogger("meshkit")
 
 # No caller waits longer than this, whatever a header says.
 MOST_TIMEOUT: Final = 600.0
-# Of the time that a caller waits, this share is kept for the way back of the answer, and not more than so many seconds. Who gives up in the very moment in which the caller does cannot tell it why: the caller would take a
-# dependency that hangs two services further down for a fault of this one.
+# What is kept, of the time that a caller waits, for the way back of the answer: this share, and at most so many seconds.
+# Who gives up in the very moment in which the caller does cannot tell it why: the caller would take a dependency that
+# hangs two services further down for a fault of this one.
 _RESERVE: Final = 1.0
 _RESERVE_SHARE: Final = 0.05
 _MOST_ATTEMPT: Final = 1000
