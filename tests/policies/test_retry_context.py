@@ -95,6 +95,7 @@ async def test_a_result_is_judged_where_it_is_shown(clock, sync):
     """`set_result` has `on_result` and tenacity's predicates asked; without it, a block that ends well is done."""
     wanted = {"on_result": lambda result: result is None}
     assert "ok" == await either(sync, Retry(**wanted, clock=clock), None, None, "ok", result=True)
+    assert "ok" == await either(sync, Retry(**wanted, clock=clock), "ok", "again", result=True)
     assert await either(sync, Retry(**wanted, clock=clock), None, "ok") is None
     none = Retry(retry=tenacity.retry_if_result(lambda result: result is None), clock=clock)
     assert "ok" == await either(sync, none, None, "ok", result=True)

@@ -34,9 +34,9 @@ class RetryBudget:
     destination than callers asked for, however many attempts each Retry would make. Give the same budget to every Retry
     and Hedge towards one destination, and another one to the next. Threads and event loops may share it.
 
-    The numbers are Finagle's and Envoy's (20 % of the calls, a small floor, and Finagle's 10 s window); both count calls,
-    not attempts, and so does this. It is exact: each call and each retry counts for `window` seconds, for which 40 bytes
-    a call are kept.
+    Share and window are Finagle's, the floor of 3 is Envoy's and failsafe-go's. Calls are counted, not attempts: call
+    `deposit` once a call, in whichever policy is outermost. It is exact: each call and each retry counts for `window`
+    seconds, for which 32 bytes a call are kept.
 
     Args:
         name: the destination, for metrics and for the event that tells of an empty budget.
