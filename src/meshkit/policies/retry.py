@@ -260,7 +260,7 @@ class Retry:
         foreign = self.wait is not None
         return {
             "kind": "retry",
-            "attempts": None if self.stop else self.attempts,
+            "attempts": self._bound,
             "seconds": self.within,
             # What the other side asks for with `Retry-After` comes on top.
             "waits": None if foreign or self.stop else backoff.total(self.attempts - 1),
@@ -271,6 +271,17 @@ class Retry:
             # Which setting says what is tried again; without one, the edge that leads the call does.
             "rule": next((rule for rule in ("retry", "on_result", "on") if getattr(self, rule) is not None), None),
         }
+
+    @property
+    def _bound(self) -> float | None:
+        """How many attempts there are at the most; `None` where only a strategy of the user's knows."""
+        if self.stop is None:
+            return self.attempts
+        if type(self.stop).__name__ == "_stop_never":
+            return math.inf
+        # What tenacity.stop_after_attempt keeps; others have no such thing.
+        most = getattr(self.stop, "max_attempt_number", None)
+        return most if isinstance(most, int) else None
 
     # -- around a call ------------------------------------------------------------------------------------------------
     #
