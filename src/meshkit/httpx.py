@@ -98,8 +98,11 @@ SENSITIVE_PARAMETERS: Final = frozenset(
 
 STANDARD_RETRY: Final = Retry()
 _SUCCESS: Final = Judgement()
-# Without an attempt timeout, the innermost timeout is the total one; the deadline of the call is around all of it.
-_ALLOWED: Final = {"total-inside-retry": "the transport bounds the whole call from outside"}
+# Without an attempt timeout, and around a pipeline of the user's, the innermost timeout is the total one: the deadline of
+# the call is around all of it, and this is who stops a call that comes to it.
+_ALLOWED: Final = dict.fromkeys(
+    ("total-inside-retry", "timeout-never-fires"), "the transport bounds the whole call from outside"
+)
 _REDIRECTS: Final = frozenset({301, 302, 303, 307, 308})
 _CHALLENGES: Final = frozenset({401, 407})
 

@@ -2,6 +2,7 @@ import inspect
 import json
 import re
 
+import httpx
 import pytest
 
 import meshkit
@@ -401,3 +402,23 @@ async def test_a_pipeline_from_a_file_guards_a_client(toml, clock):
     assert 2 == users.calls
     assert isinstance(policies.pipeline("users"), Pipeline)
     json.dumps({name: one.as_dict() for name, one in policies.explain().items()})
+
+
+async def test_a_pipeline_from_a_file_goes_into_an_http_client(toml, clock, caplog):
+    """`pipeline=` is all there is to write; the table of HTTP decides what is tried again, and nothing is found amiss."""
+    policies = toml("[clients.users]\nretry = {attempts = 2}", clock=clock)
+    answers = [httpx.Response(503), httpx.Response(200, text="ok")]
+
+    def answer(request):
+        return answers.pop(0)
+
+    inner = httpx.MockTransport(answer)
+    pipeline = policies.pipeline("users")
+    async with meshkit.httpx.client(
+        "users", base_url="http://users", pipeline=pipeline, inner=inner, clock=clock
+    ) as users:
+        assert "ok" == (await users.get("/1")).text
+    assert {"success": 1, "failure": 1} == {
+        key: count for key, count in part(pipeline, CircuitBreaker).counts.items() if count
+    }
+    assert "pipeline 'users'" not in caplog.text
