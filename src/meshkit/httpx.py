@@ -100,7 +100,7 @@ STANDARD_RETRY: Final = Retry()
 _SUCCESS: Final = Judgement()
 # Without an attempt timeout, and around a pipeline of the user's, the innermost timeout is the total one: the deadline of
 # the call is around all of it, and this is who stops a call that comes to it.
-_ALLOWED: Final = dict.fromkeys(
+_ALLOWED: Final[dict[str, str]] = dict.fromkeys(
     ("total-inside-retry", "timeout-never-fires"), "the transport bounds the whole call from outside"
 )
 _REDIRECTS: Final = frozenset({301, 302, 303, 307, 308})
