@@ -1,5 +1,7 @@
 import asyncio
 import contextvars
+import gc
+import weakref
 
 import pytest
 
@@ -512,6 +514,30 @@ async def test_attempts_have_the_callers_context(clock):
 
 
 # -- the rest ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("base", [Exception, BaseException])
+async def test_a_call_that_fails_leaves_no_cycle(clock, base):
+    """The error goes with the last reference to it: nothing waits for the collector."""
+
+    class Problem(base):
+        pass
+
+    async def fails():
+        await clock.sleep(2)
+        raise Problem
+
+    gc.disable()
+    try:
+        task = await started(Pipeline("prices", Hedge(1.0, clock=clock)), fails)
+        await clock.advance(4)
+        kept = weakref.ref(task.exception())
+        assert kept() is not None
+        del task
+        await turns()
+        assert kept() is None
+    finally:
+        gc.enable()
 
 
 def test_a_plain_function_is_refused_by_name():

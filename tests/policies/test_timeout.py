@@ -565,6 +565,30 @@ async def test_a_call_that_is_dropped_with_its_loop_says_nothing(clock):
     assert ([True], 0) == (closed, pending(clock))
 
 
+async def test_a_call_that_fails_leaves_no_cycle(clock):
+    """Error, task and arguments go with the last reference: nothing waits for the collector."""
+
+    class Problem(Exception):
+        pass
+
+    async def fails():
+        await asyncio.sleep(0)
+        raise Problem
+
+    gc.disable()
+    try:
+        task = asyncio.create_task(
+            Pipeline("prices", Timeout(total=9, clock=clock), Timeout(2.0, clock=clock)).call(fails)
+        )
+        await asyncio.wait([task])
+        kept = weakref.ref(task.exception()), weakref.ref(task)
+        del task
+        await asyncio.sleep(0)
+        assert (None, None) == (kept[0](), kept[1]())
+    finally:
+        gc.enable()
+
+
 @pytest.mark.parametrize("make", [copy.copy, copy.deepcopy, lambda timeout: pickle.loads(pickle.dumps(timeout))])
 def test_it_can_be_copied(make):
     """A Timeout is its options, wherever it is sent."""

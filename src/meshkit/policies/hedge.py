@@ -111,6 +111,13 @@ class _Race(Generic[T]):
         try:
             winner = await self._first()
             await self._drop_others(winner)
+            chosen = winner if winner is not None else self._attempts[0]
+            # What the attempt holds is held up to the end of the call.
+            self._call.on_end(chosen.call.end)
+            if HedgeEnded.heard and len(self._attempts) > 1:
+                number = None if winner is None else winner.call.attempt
+                emit(HedgeEnded(source=self._call.name, attempts=len(self._attempts), winner=number))
+            outcome = cast("Outcome", chosen.outcome)
         except GeneratorExit:
             # Dropped in the middle, with its loop it may be: nothing can be waited for.
             for attempt in self._attempts:
@@ -121,21 +128,13 @@ class _Race(Generic[T]):
             # The caller was cancelled, or one attempt came to something that is no answer at all.
             await self._cancel_all()
             raise
-        chosen = winner if winner is not None else self._attempts[0]
-        outcome = chosen.outcome
-        assert outcome is not None
-        # What the attempt holds is held up to the end of the call.
-        self._call.on_end(chosen.call.end)
-        if HedgeEnded.heard and len(self._attempts) > 1:
-            number = None if winner is None else winner.call.attempt
-            emit(HedgeEnded(source=self._call.name, attempts=len(self._attempts), winner=number))
+        finally:
+            self._attempts = []
         if outcome.error is None:
             return cast("T", outcome.result)
         try:
             raise outcome.error
         finally:
-            # An error holds its traceback, and that this frame, which holds the error.
-            self._attempts.clear()
             del outcome, chosen, winner
 
     async def _first(self) -> _Attempt[T] | None:
@@ -155,7 +154,11 @@ class _Race(Generic[T]):
                 attempt = self._finished.popleft()
                 outcome = attempt.outcome = _outcome_of(attempt.task)
                 if outcome.error is not None and not isinstance(outcome.error, Exception):
-                    raise outcome.error
+                    try:
+                        raise outcome.error
+                    finally:
+                        # An error holds its traceback, and that this frame, which holds the error.
+                        del attempt, outcome
                 if not self._failed(outcome):
                     return attempt
             if all(attempt.outcome is not None for attempt in self._attempts):

@@ -158,8 +158,11 @@ class _Alarm:
         """Disarm. Whether the time was over, and nobody else has cancelled the task as well."""
         if self._timer is not None:
             self._timer.cancel()
+        task = self._task
+        # It ends with the error whose traceback leads here.
+        del self._task
         # What rang in the very turn in which the call ended by itself leaves no cancellation behind.
-        return self._rang and self._task.uncancel() <= self._cancelling
+        return self._rang and task.uncancel() <= self._cancelling
 
 
 def _watch(limit: float, kind: _Kind, now: float, clock: Clock, call: Call) -> None:
