@@ -8,12 +8,14 @@ import sys
 import threading
 import traceback
 import weakref
+from dataclasses import FrozenInstanceError
 
 import pytest
 
 from meshkit import (
     Backoff,
     BulkheadFullError,
+    CircuitOpenError,
     ConfigurationError,
     Pipeline,
     Retry,
@@ -270,15 +272,15 @@ async def test_the_traceback_reaches_down_to_where_it_failed(clock, sync):
 
 @SHAPES
 @KINDS
-async def test_a_failed_call_leaves_nothing_for_the_collector(clock, shape, sync):
-    """Error, arguments and results are gone with their last reference: no cycle keeps them."""
+@pytest.mark.parametrize("attempts", [1, 2, 3])
+async def test_a_failed_call_leaves_nothing_for_the_collector(clock, shape, sync, attempts):
+    """The errors of all attempts are gone with the last reference to them: no cycle keeps any."""
 
     class Big(Exception):
         pass
 
-    big = Big()
-    known = weakref.ref(big)
-    left = [OSError(), big]
+    known, left = [], [Big() for _ in range(attempts)]
+    known += map(weakref.ref, left)
 
     def fn():
         raise left.pop(0)
@@ -286,14 +288,13 @@ async def test_a_failed_call_leaves_nothing_for_the_collector(clock, shape, sync
     async def afn():
         raise left.pop(0)
 
-    decorated = guarded(shape, Retry(attempts=2, backoff=AT_ONCE, clock=clock), fn if sync else afn)
+    decorated = guarded(shape, Retry(attempts=attempts, backoff=AT_ONCE, clock=clock), fn if sync else afn)
     gc.collect()
     gc.disable()
     try:
         with contextlib.suppress(Big):
             await called(decorated)
-        del big
-        assert known() is None
+        assert [None] * attempts == [error() for error in known]
     finally:
         gc.enable()
 
@@ -484,6 +485,7 @@ async def test_a_result_that_cannot_be_disposed_of_keeps_nobody_from_going_on(cl
     retry = Retry(on_result=lambda result: result < 2, discard=discard, clock=clock)
     assert 2 == await called(guarded("alone", retry, fn))
     assert "could not be disposed of" in caplog.text
+    assert "stuck" in caplog.text
 
 
 async def test_a_rule_for_results_leaves_errors_to_the_edge(clock):
@@ -585,6 +587,51 @@ async def test_a_dead_destination_gets_a_fifth_more_and_not_three_times_as_much(
     assert 1_200 <= count <= 1_203
 
 
+class Interrupted(ManualClock):
+    """A clock on which wait number `at` ends with `error`."""
+
+    def __init__(self, at, error):
+        super().__init__()
+        self._at = at
+        self._error = error
+
+    def _wait(self):
+        self._at -= 1
+        if self._at == 0:
+            raise self._error
+
+    async def sleep(self, seconds):
+        self._wait()
+
+    def block(self, seconds):
+        self._wait()
+
+
+@KINDS
+@pytest.mark.parametrize(
+    ("errors", "at", "left"),
+    [
+        ([OSError()], 1, 9),
+        ([OSError(), OSError()], 2, 8),
+        ([OSError(), BulkheadFullError()], 2, 8),
+        ([BulkheadFullError(), BulkheadFullError()], 2, 9),
+    ],
+)
+@pytest.mark.parametrize("with_budget", [True, False])
+async def test_only_the_retry_that_is_not_made_costs_nothing(sync, errors, at, left, with_budget):
+    """A wait that is interrupted gives back what was taken for it and nothing else; without a budget there is nothing to
+    give back."""
+    clock = Interrupted(at, KeyboardInterrupt())
+    budget = RetryBudget(ratio=0, at_least=9, clock=clock)
+    retry = Retry(budget=budget if with_budget else None, patient=True, backoff=NONE, clock=clock)
+    fn, seen = scripted(sync, *errors)
+    decorated = guarded("alone", retry, fn)
+    with pytest.raises(KeyboardInterrupt):
+        decorated() if sync else decorated().send(None)
+    assert len(errors) == len(seen)
+    assert (left if with_budget else 9) == budget.balance
+
+
 # -- listeners --------------------------------------------------------------------------------------------------------
 
 
@@ -679,6 +726,37 @@ async def test_the_outermost_retry_has_the_last_word(clock):
     assert "deadline" == retry_end(caught.value)
 
 
+@pytest.mark.parametrize("attempts", [1, 2])
+async def test_a_note_is_written_where_there_was_a_retry(clock, attempts):
+    """After two attempts there is a note, after one there is nothing to explain."""
+    fn, _ = scripted(False, OSError(), OSError())
+    with pytest.raises(OSError) as caught:
+        await called(guarded("alone", Retry(attempts=attempts, backoff=AT_ONCE, clock=clock), fn))
+    assert (attempts == 2) == hasattr(caught.value, "__notes__")
+    assert "attempts" == retry_end(caught.value)
+
+
+@KINDS
+@pytest.mark.parametrize(
+    ("reason", "exhausts", "error", "options"),
+    [
+        ("attempts", True, OSError(), {"attempts": 1}),
+        ("deadline", True, OSError(), {"within": 0.01}),
+        ("budget", True, OSError(), {"budget": RetryBudget(ratio=0, at_least=0)}),
+        ("breaker", False, CircuitOpenError(policy="prices", retry_after=3.0), {}),
+        ("rejected", False, BulkheadFullError(), {}),
+        ("not_retryable", False, OSError(), {"on": KeyError}),
+    ],
+)
+async def test_what_used_retries_up_is_known_further_up(clock, sync, reason, exhausts, error, options):
+    """The scope learns that retries were used up; an error that no retry helps, or a refusal, used none."""
+    fn, _ = scripted(sync, error)
+    with scope_open(Scope()) as scope, pytest.raises(type(error)) as caught:
+        await called(guarded("alone", Retry(backoff=NONE, clock=clock, **options), fn))
+    assert reason == retry_end(caught.value)
+    assert exhausts == scope.exhausted
+
+
 # -- what it says of itself -------------------------------------------------------------------------------------------
 
 
@@ -729,8 +807,8 @@ def test_it_says_what_the_linter_asks():
         ({"within": -1}, "above 0"),
         ({"backoff": 0.5}, "a Backoff"),
         ({"budget": 0.2}, "a RetryBudget"),
-        ({"on_result": 3}, "a function of the result"),
-        ({"discard": "close"}, "a function of the result"),
+        ({"on_result": 3}, "on_result is a function of the result"),
+        ({"discard": "close"}, "discard is a function of the result"),
         ({"on": [OSError]}, "exception classes"),
         ({"on": OSError()}, "exception classes"),
         ({"on": BulkheadFullError}, "patient=True"),
@@ -741,6 +819,18 @@ def test_wrong_options_say_what_would_be_right(wrong, said):
     """A value that cannot work is refused when the policy is made."""
     with pytest.raises(ConfigurationError, match=said):
         Retry(**wrong)
+
+
+def test_its_options_cannot_be_changed():
+    """What many calls share stays what it was checked to be."""
+    with pytest.raises(FrozenInstanceError):
+        Retry().attempts = 5
+    with pytest.raises(FrozenInstanceError):
+        Backoff().first = 5.0
+    with pytest.raises(TypeError):
+        Retry(3)
+    with pytest.raises(TypeError):
+        Backoff(0.1)
 
 
 def test_an_async_predicate_of_results_is_refused():
@@ -824,24 +914,35 @@ async def test_what_is_inside_hears_each_attempts_own_end(clock, sync):
     assert ["OSError", "KeyError", "NoneType"] == neighbour.ended
 
 
-async def test_a_late_end_of_the_last_attempt_is_the_end_of_the_call(clock):
-    """What the last attempt's inner policies asked for is told when the body is over, not when `run` returns."""
-    ended = []
+@KINDS
+async def test_what_is_outside_hears_the_calls_end_alone(clock, sync):
+    """A policy around the retry is told once, when the call is over, and not when an attempt fails."""
+    outside, inside = Neighbour(), Neighbour()
+    fn, _ = scripted(sync, OSError(), KeyError(), "ok")
+    await called(Pipeline("prices", outside, Retry(backoff=AT_ONCE, clock=clock), inside)(fn))
+    assert ["NoneType"] == outside.ended
+    assert ["OSError", "KeyError", "NoneType"] == inside.ended
 
-    async def send(call):
+
+@KINDS
+async def test_a_late_end_of_the_last_attempt_is_the_end_of_the_call(clock, sync):
+    """What the last attempt's inner policies ask for after the answer is there, as a stream does, is told when the body
+    is over, not when `run` returns."""
+    ended, calls = [], []
+
+    def send(call):
+        calls.append(call)
         if call.attempt == 1:
             raise OSError
         return "headers"
 
-    async def inner(call):
-        result = await send(call)
-        # After the answer is there, as a stream does.
-        call.on_end(lambda outcome: ended.append(outcome.result))
-        return result
+    async def asend(call):
+        return send(call)
 
     call = Call("prices", late=True)
-    await Retry(clock=clock).run(call, inner)
-    assert [] == ended
+    result = Retry(clock=clock).run_sync(call, send) if sync else await Retry(clock=clock).run(call, asend)
+    assert "headers" == result
+    calls[-1].on_end(lambda outcome: ended.append(outcome.result))
     call.end(Outcome("body"))
     assert ["body"] == ended
 

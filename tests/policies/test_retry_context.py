@@ -1,6 +1,7 @@
 """`for attempt in retry.context(…)`: the idiom of tenacity and stamina, with our decisions."""
 
 import asyncio
+import contextlib
 
 import pytest
 import tenacity
@@ -179,11 +180,12 @@ async def test_a_cancelled_block_is_the_end_of_the_loop(clock):
 @pytest.mark.parametrize("leave", ["break", "return", "break after a failure"])
 async def test_a_loop_may_be_left_early(clock, leave):
     """Nothing stays behind: no scope, no attempt number, no warning of something unfinished."""
+    scopes = []
 
     async def work():
         async for attempt in Retry(clock=clock).context("prices"):
             with attempt:
-                assert current_scope() is not None
+                scopes.append(current_scope())
                 if leave == "break":
                     break
                 if leave == "return":
@@ -192,7 +194,28 @@ async def test_a_loop_may_be_left_early(clock, leave):
             break
 
     await work()
+    assert [True] == [isinstance(scope, Scope) for scope in scopes]
     assert (1, None) == (current_attempt(), current_scope())
+
+
+async def test_a_block_in_a_request_shares_its_scope(clock):
+    """Where there is a scope already, the block is in that one."""
+    with scope_open(Scope()) as scope:
+        async for attempt in Retry(clock=clock).context("prices"):
+            with attempt:
+                inside = current_scope()
+        assert inside is scope is current_scope()
+
+
+async def test_a_cancellation_that_is_caught_ends_the_loop_too(clock):
+    """Whoever catches a cancellation around the attempt gets no further one, whatever the block had shown before."""
+    seen = []
+    async for attempt in Retry(on_result=lambda result: True, clock=clock).context("prices"):
+        seen.append(attempt.number)
+        with contextlib.suppress(asyncio.CancelledError), attempt:
+            attempt.set_result("early")
+            raise asyncio.CancelledError
+    assert [1] == seen
 
 
 @BOTH

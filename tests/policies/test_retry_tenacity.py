@@ -248,15 +248,23 @@ async def test_an_event_stops_it(clock):
 async def test_a_retry_that_never_waits_lets_others_run(clock):
     """Even a loop without end and without waits gives way now and then, so it can be cancelled."""
 
-    @Pipeline("prices", Retry(stop=stop_never, wait=wait_none(), within=None, clock=clock))
+    retry = Retry(stop=stop_never, wait=wait_none(), within=None, clock=clock)
+
+    @Pipeline("prices", retry)
     async def fetch():
         raise OSError
 
-    task = asyncio.ensure_future(fetch())
-    await asyncio.sleep(0)
-    task.cancel()
-    with pytest.raises(asyncio.CancelledError):
-        await task
+    async def loop():
+        async for attempt in retry.context("prices"):
+            with attempt:
+                raise OSError
+
+    for endless in (fetch, loop):
+        task = asyncio.ensure_future(endless())
+        await asyncio.sleep(0)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
 
 
 async def test_strategies_see_one_state_of_the_call(clock):
@@ -365,8 +373,9 @@ async def test_concurrent_calls_share_no_state(clock):
     ("wrong", "said"),
     [
         ({"stop": stop_after_attempt}, "stop_after_attempt"),
-        ({"wait": wait_fixed}, "asked after each attempt"),
-        ({"retry": 3}, "asked after each attempt"),
+        ({"stop": stop_after_attempt}, "^MK100  stop is"),
+        ({"wait": wait_fixed}, "^MK100  wait is"),
+        ({"retry": 3}, "^MK100  retry is"),
         ({"retry": retry_always, "on_result": bool}, "Give one"),
         ({"wait": wait_none(), "backoff": Backoff(first=1)}, "Give one"),
         ({"stop": stop_never, "attempts": 5}, "Give one"),
@@ -386,19 +395,30 @@ async def test_a_deadline_goes_before_a_stop_that_would_go_on(clock):
     assert (3, "deadline") == (seen, retry_end(result))
 
 
-async def test_a_predicate_that_fails_leaves_no_result_open(clock):
-    """Where a strategy raises over a result, the result is disposed of: nobody will get it."""
-    closed = []
+@BOTH
+@pytest.mark.parametrize("fails", [1, 2])
+async def test_a_predicate_that_fails_leaves_no_result_open(clock, sync, fails):
+    """Where a strategy raises over a result, the result is disposed of: nobody will get it. An error stays as it is."""
+    closed, answers = [], ["body", "body"]
 
     async def discard(result):
         closed.append(result)
 
-    async def send(call):
-        return "body"
+    def send(call):
+        return answers[call.attempt - 1]
 
+    async def asend(call):
+        return send(call)
+
+    def broken(state):
+        if state.attempt_number == fails:
+            raise ZeroDivisionError
+        return True
+
+    call, retry = Call("prices", discard=discard), Retry(retry=broken, clock=clock)
     with pytest.raises(ZeroDivisionError):
-        await Retry(retry=lambda state: 1 / 0, clock=clock).run(Call("prices", discard=discard), send)
-    assert ["body"] == closed
+        _ = retry.run_sync(call, send) if sync else await retry.run(call, asend)
+    assert ["body"] * fails == closed
 
 
 @pytest.mark.parametrize("wait", [-1.0, float("nan")], ids=["negative", "no number"])
