@@ -60,9 +60,7 @@ class CountWindow:
 
     def add_successes(self, now: float, count: int) -> None:
         calls = self._calls
-        if count >= self._size:
-            self.clear()
-            count = self._size
+        count = min(count, self._size)
         for _ in range(len(calls) + count - self._size):
             self._drop()
         calls.extend([0] * count)
@@ -104,7 +102,12 @@ class TimeWindow:
 
     def totals(self, now: float) -> Totals:
         self._forget(math.floor(now / self._width))
-        return Totals(*(sum(column) for column in list(zip(*self._slices, strict=True))[1:])) if self._slices else _NONE
+        calls = failures = slow = 0
+        for _, in_slice, failed, was_slow in self._slices:
+            calls += in_slice
+            failures += failed
+            slow += was_slow
+        return Totals(calls, failures, slow)
 
     def clear(self) -> None:
         self._slices.clear()
@@ -122,6 +125,3 @@ class TimeWindow:
         slices = self._slices
         while slices and slices[0][0] <= number - self.SLICES:
             slices.popleft()
-
-
-_NONE: Final = Totals(0, 0, 0)
