@@ -126,9 +126,27 @@ async def rate_limiter() -> None:
 
 async def fallback() -> None:
     (sample,) = samples("Fallback")
+    down = Service(ConnectionError(), ConnectionError())
     with scope_open(Scope()) as scope:
-        assert "on request" == await sample["price"](Service(ConnectionError()))
-    assert ("no-price",) == scope.degraded
+        assert "on request" == await sample["price"](down)
+    assert ("last-price",) == scope.degraded
+    assert "49.00" == await sample["price"](Service())
+    assert "49.00" == await sample["price"](down)
+
+
+async def hedge() -> None:
+    (sample,) = samples("Hedge")
+    service = Service()
+    first = asyncio.Event()
+
+    async def ask() -> str:
+        # The first attempt never answers, the one beside it does.
+        if service.asked == 0:
+            service.asked += 1
+            await first.wait()
+        return await service()
+
+    assert ("49.00", 2) == (await sample["price"](ask), service.asked)
 
 
 SAMPLES = {
@@ -139,6 +157,7 @@ SAMPLES = {
     "Bulkhead": bulkhead,
     "Rate limiter": rate_limiter,
     "Fallback": fallback,
+    "Hedge": hedge,
 }
 
 
@@ -161,6 +180,7 @@ CLASSES = {
     "Bulkhead": meshkit.Bulkhead,
     "Rate limiter": meshkit.RateLimiter,
     "Time limiter": meshkit.Timeout,
+    "Hedge": meshkit.Hedge,
     "Fallback": meshkit.Fallback,
 }
 

@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[2]
 LOWEST = Path(__file__).with_name("lowest.txt")
 SMOKE = Path(__file__).with_name("smoke.py")
 # The extras that bring tools for this repository, not libraries that a user's service runs with.
-TOOLS = {"test", "check"}
+TOOLS = {"bench", "test", "check"}
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 
 
