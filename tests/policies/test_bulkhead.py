@@ -5,7 +5,7 @@ import tracemalloc
 
 import pytest
 
-from meshkit import Bulkhead, BulkheadFullError, ConfigurationError, Pipeline, Scope, listen
+from meshkit import Backoff, Bulkhead, BulkheadFullError, ConfigurationError, Pipeline, Retry, Scope, listen
 from meshkit.core.call import Call, Outcome
 from meshkit.core.events import BulkheadRejected
 from meshkit.core.scope import scope_open
@@ -408,6 +408,22 @@ def test_a_waiter_whose_loop_is_gone_is_passed_over():
     assert (0, 0) == (bulkhead.in_use, bulkhead.waiting)
     assert "free" == guarded.call_sync(lambda: "free")
     del lost
+
+
+async def test_a_retry_around_it_tries_again_only_where_it_is_told_to(clock, refused):
+    """As failsafe-go's composition "RetryPolicy with Bulkhead": with `on` naming it, each attempt is refused and nothing is
+    called; without, a refusal is not retried, because that would only add to what is too much already."""
+    bulkhead, work = Bulkhead(limit=1), Work()
+    (first,) = start(bulkhead, work, 1)
+    await turns()
+    for on, attempts in ((BulkheadFullError, 7), (None, 1)):
+        del refused[:]
+        retry = Retry(attempts=7, on=on, patient=on is not None, backoff=Backoff(first=0), clock=clock)
+        with pytest.raises(BulkheadFullError):
+            await Pipeline("prices", retry, bulkhead).call(work, 2)
+        assert (attempts, [1]) == (len(refused), work.begun)
+    work.end(1)
+    await first
 
 
 # -- the rest ---------------------------------------------------------------------------------------------------------

@@ -4,7 +4,18 @@ import weakref
 
 import pytest
 
-from meshkit import CircuitOpenError, ConfigurationError, Fallback, LastGood, Pipeline, Retry, Scope, Timeout, listen
+from meshkit import (
+    CircuitBreaker,
+    CircuitOpenError,
+    ConfigurationError,
+    Fallback,
+    LastGood,
+    Pipeline,
+    Retry,
+    Scope,
+    Timeout,
+    listen,
+)
 from meshkit.core.call import Call, Judgement
 from meshkit.core.events import FallbackUsed, error_type
 from meshkit.core.scope import scope_open
@@ -459,6 +470,33 @@ async def test_a_retry_around_it_sees_no_failure(clock):
     allow = {"fallback-inside-retry": "the answer is as good as any"}
     assert 7 == await Pipeline("prices", Retry(clock=clock), Fallback(answer=7), allow=allow).call(fails)
     assert [1] == calls
+
+
+@pytest.mark.parametrize("state", ["closed", "open"])
+async def test_an_open_breaker_inside_is_answered_like_a_failure(clock, used, state):
+    """As failsafe-go's compositions "Fallback with CircuitBreaker - closed" and "- open"."""
+    breaker = CircuitBreaker("prices", clock=clock)
+    if state == "open":
+        breaker.core.open()
+    calls = []
+
+    async def fails():
+        calls.append(1)
+        raise OSError
+
+    assert 7 == await Pipeline("prices", Fallback(answer=7), breaker).call(fails)
+    expected = (1, "error") if state == "closed" else (0, "breaker_open")
+    assert expected == (len(calls), used[0].reason)
+
+
+async def test_fallback_around_retry_around_breaker(clock, used):
+    """As failsafe-go's composition "with Fallback -> RetryPolicy -> CircuitBreaker": each attempt is judged, the fallback
+    answers for the last one, and nobody takes its answer for a success of the service."""
+    breaker = CircuitBreaker("prices", min_calls=5, window=5, clock=clock)
+    pipeline = Pipeline("prices", Fallback(answer="instead"), Retry(clock=clock), breaker)
+    assert "instead" == await pipeline.call(broken)
+    assert (0, 3, "closed") == (breaker.counts["success"], breaker.counts["failure"], breaker.state)
+    assert ["retries_exhausted"] == [event.reason for event in used]
 
 
 def test_something_to_answer_with_is_needed():

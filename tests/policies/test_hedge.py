@@ -12,7 +12,9 @@ from meshkit import (
     ConfigurationError,
     Fallback,
     Hedge,
+    LastGood,
     Pipeline,
+    RateLimiter,
     Retry,
     RetryBudget,
     Timeout,
@@ -20,7 +22,7 @@ from meshkit import (
     listen,
 )
 from meshkit.core.call import Call, Judgement, Outcome, numbered
-from meshkit.core.events import HedgeEnded, HedgeStarted, RetryBudgetExhausted
+from meshkit.core.events import Event, HedgeEnded, HedgeStarted, RetryBudgetExhausted
 from meshkit.testing.clock import ManualClock
 
 
@@ -511,6 +513,58 @@ async def test_attempts_have_the_callers_context(clock):
     await turns()
     await clock.advance(5)
     assert ("ann", ["ann", "ann"]) == (task.result(), seen)
+
+
+def everything(clock):
+    """All policies of this kind in one pipeline, and what of them can be held."""
+    bulkhead = Bulkhead(limit=1, queue=3, wait=5, clock=clock)
+    limiter = RateLimiter(permits=1, burst=1, wait=5, clock=clock)
+    pipeline = Pipeline(
+        "prices",
+        Timeout(total=20, clock=clock),
+        Fallback(last_good=LastGood(key=None, clock=clock)),
+        Retry(backoff=Backoff(first=0.5, jitter=lambda longest: longest), clock=clock),
+        Hedge(0.3, clock=clock),
+        limiter,
+        bulkhead,
+        Timeout(2, clock=clock),
+    )
+    return pipeline, bulkhead, limiter
+
+
+async def test_cancelled_anywhere_in_the_full_pipeline_leaves_nothing(clock, events):
+    """At each tenth of a second of two calls that wait in every policy, and at each turn of the loop after it, a
+    cancellation comes out as such, and places, permits, timers and tasks are as if the call had not been made."""
+    reached = set()
+    for tenths in range(60):
+        for extra in range(4):
+            clock = ManualClock(hold=True)
+            pipeline, bulkhead, limiter = everything(clock)
+            before, heard = asyncio.all_tasks(), []
+            service = Service(clock, *[1.1] * 9, results=[OSError("no"), "good", OSError("no"), *["good"] * 6])
+            tasks = [asyncio.create_task(pipeline.call(service)) for _ in range(2)]
+            for _ in range(tenths):
+                await clock.advance(0.1)
+            clock.block(0.1)
+            for _ in range(extra):
+                await asyncio.sleep(0)
+            cancelled = [task for task in tasks if not task.done()]
+            reached.add(len(cancelled))
+            stop = listen(heard.append, kind=Event)
+            for task in cancelled:
+                task.cancel()
+            await turns()
+            stop()
+            for task in cancelled:
+                assert task.cancelled(), (tenths, extra, task)
+            assert (0, 0, 0) == (bulkhead.in_use, bulkhead.waiting, limiter.waiting)
+            assert 0 == sum(not timer.cancelled for _, _, timer in clock._timers)
+            assert set() == asyncio.all_tasks() - before
+            assert [] == [event for event in heard if cancelled]
+            for task in tasks:
+                if task.done() and not task.cancelled():
+                    task.exception()
+    assert {0, 1, 2} == reached
 
 
 # -- the rest ---------------------------------------------------------------------------------------------------------

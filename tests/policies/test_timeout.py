@@ -10,6 +10,7 @@ import pytest
 from meshkit import (
     AttemptTimeoutError,
     Backoff,
+    CircuitBreaker,
     ConfigurationError,
     DeadlineExceededError,
     Fallback,
@@ -274,6 +275,14 @@ async def test_timeout_fallback_with_blocked_fallback(held, timed_out):
     task = await ended(pipeline, held, Service(held, 0, error=OSError("no")), 1.0)
     assert isinstance(task.exception(), AttemptTimeoutError)
     assert 1 == len(timed_out)
+
+
+async def test_a_breaker_around_it_counts_what_was_stopped(held, timed_out):
+    """As failsafe-go's composition "CircuitBreaker with Timeout": a call that was stopped is a failure, and opens it."""
+    breaker = CircuitBreaker("prices", min_calls=1, clock=held)
+    task = await ended(Pipeline("prices", breaker, Timeout(1.0, clock=held)), held, Service(held, 5), 1.0)
+    assert isinstance(task.exception(), AttemptTimeoutError)
+    assert "open" == breaker.state
 
 
 # -- cancellation and asyncio's own tools -----------------------------------------------------------------------------
