@@ -93,7 +93,7 @@ class _Finder(importlib.abc.MetaPathFinder):
 def _compiled(source: str, path: str) -> CodeType:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return cast("CodeType", compile(source, path, "exec", dont_inherit=True))
+        return compile(source, path, "exec", dont_inherit=True)
 
 
 class _Watch:
@@ -348,7 +348,7 @@ class Laboratory:
 
             def wait() -> None:
                 for key, _ in selector.select():
-                    answer = cast("int", key.fd)
+                    answer = key.fd
                     selector.unregister(answer)
                     trial, child = running.pop(answer)
                     said = _read(child, answer)
