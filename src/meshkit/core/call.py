@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Awaitable, Callable, Coroutine
-from contextvars import ContextVar
+from contextvars import ContextVar, Token
 from dataclasses import dataclass
 from typing import Any, Final, Literal, Protocol, TypeVar, cast, runtime_checkable
 
@@ -216,10 +216,20 @@ def current_attempt() -> int:
     return ATTEMPT.get()
 
 
+def leave_attempt(token: Token[int]) -> None:
+    """Undo `ATTEMPT.set`."""
+    try:
+        ATTEMPT.reset(token)
+    except ValueError:
+        # A coroutine that was dropped in the middle is closed by the collector, in a context that is not its own. There
+        # is nothing to undo, and a policy further out would take the error for the call's.
+        return
+
+
 async def numbered(attempt: int, fn: Callable[..., Awaitable[R]], *args: Any, **kwargs: Any) -> R:
     """Call `fn` as attempt number `attempt`."""
     token = ATTEMPT.set(attempt)
     try:
         return await fn(*args, **kwargs)
     finally:
-        ATTEMPT.reset(token)
+        leave_attempt(token)

@@ -10,7 +10,7 @@ from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
 from typing import Any, cast
 
-from meshkit.core.call import ATTEMPT, Call, Next, Outcome
+from meshkit.core.call import ATTEMPT, Call, Next, Outcome, leave_attempt
 from meshkit.core.scope import Scope, close_scope, current_scope, open_scope
 from meshkit.errors import ConfigurationError
 
@@ -21,6 +21,8 @@ class _Begun:
 
     items: AsyncIterator[Any]
     attempt: int
+    # As the policies around it have left it for what runs inside: with an earlier deadline, it may be.
+    scope: Scope | None
     first: Any = None
     empty: bool = False
 
@@ -31,9 +33,9 @@ async def _begin(fn: Callable[..., AsyncGenerator[Any, Any]], /, *args: Any, **k
 
 async def _first_of(items: AsyncIterator[Any]) -> _Begun:
     try:
-        return _Begun(items, ATTEMPT.get(), await anext(items))
+        return _Begun(items, ATTEMPT.get(), current_scope(), await anext(items))
     except StopAsyncIteration:
-        return _Begun(items, ATTEMPT.get(), empty=True)
+        return _Begun(items, ATTEMPT.get(), current_scope(), empty=True)
 
 
 async def _close(begun: object) -> None:
@@ -69,6 +71,8 @@ class Stream(AsyncGenerator[Any, Any]):
         self._reader: asyncio.Task[Any] | None = None
         self._cancelling = 0
         self._stopped: Callable[[], Exception] | None = None
+        # Whether we have cancelled the reader.
+        self._stopping = False
         self._over = False
 
     def __repr__(self) -> str:
@@ -79,18 +83,22 @@ class Stream(AsyncGenerator[Any, Any]):
             if value is not None:
                 raise TypeError("can't send non-None value to a just-started async generator")
             return await self._step(self._start)
-        items = self._begun.items
-        return await self._step(items.__anext__ if value is None else lambda: items.asend(value))  # type: ignore[attr-defined]
+        if value is None:
+            return await self._step(self._begun.items.__anext__)
+        send = cast("AsyncGenerator[Any, Any]", self._begun.items).asend
+        return await self._step(lambda: send(value))
 
     async def athrow(self, typ: Any, val: Any = None, tb: Any = None) -> Any:
+        self._check_free()
         if self._begun is None or self._over:
             self._over = True
             raise typ if val is None else val
-        items = cast("AsyncGenerator[Any, Any]", self._begun.items)
+        throw = cast("AsyncGenerator[Any, Any]", self._begun.items).athrow
         thrown = (typ,) if val is None and tb is None else (typ, val, tb)
-        return await self._step(lambda: items.athrow(*thrown))
+        return await self._step(lambda: throw(*thrown))
 
     async def aclose(self) -> None:
+        self._check_free()
         begun = self._begun
         if begun is None or self._over:
             self._over = True
@@ -98,10 +106,9 @@ class Stream(AsyncGenerator[Any, Any]):
 
         async def close() -> None:
             await _close(begun)
-            # Whoever has enough of it says nothing against it.
-            self._end(Outcome())
+            self._end(_left(self._stopped))
 
-        await self._step(close)
+        await self._step(close, closing=True)
 
     async def _start(self) -> Any:
         begun = await self._lead(self._call)
@@ -118,63 +125,76 @@ class Stream(AsyncGenerator[Any, Any]):
             raise StopAsyncIteration
         return begun.first
 
-    async def _step(self, advance: Callable[[], Awaitable[Any]]) -> Any:
-        if self._over:
-            raise StopAsyncIteration
+    def _check_free(self) -> None:
         if self._reader is not None:
             raise RuntimeError("this stream is being read already")
+
+    async def _step(self, advance: Callable[[], Awaitable[Any]], *, closing: bool = False) -> Any:
+        self._check_free()
+        if self._over:
+            raise StopAsyncIteration
         if self._scope is None:
-            self._loop = asyncio.get_running_loop()
             self._scope = current_scope() or Scope()
-        task = self._reader = asyncio.current_task()
-        assert task is not None
-        self._cancelling = task.cancelling()
-        opened = open_scope(self._scope)
-        # The first step numbers its attempts itself.
-        attempt = None if self._begun is None else ATTEMPT.set(self._begun.attempt)
+        self._loop = asyncio.get_running_loop()
+        # Not as a local variable: the task may end with our error, which holds its traceback, and that this frame.
+        self._reader = asyncio.current_task(self._loop)
+        assert self._reader is not None
+        self._cancelling = self._reader.cancelling()
+        begun = self._begun
+        # The first step numbers its attempts itself, and narrows its scope.
+        opened = open_scope(self._scope if begun is None else begun.scope or self._scope)
+        attempt = None if begun is None else ATTEMPT.set(begun.attempt)
         try:
-            if self._stopped is not None:
-                # Its time was over while nobody read.
-                error = self._stopped()
-                try:
-                    await _close(self._begun)
-                finally:
-                    self._end(Outcome(error=error))
-                raise error
-            item = await advance()
-            if self._stopped is not None:
-                # What is read has outlived the cancellation; the next read will be told.
-                task.uncancel()
-            return item
-        except (StopAsyncIteration, GeneratorExit):
+            try:
+                if self._stopped is not None and not closing:
+                    await self._end_late(self._stopped)
+                return await advance()
+            except asyncio.CancelledError:
+                if self._let_go() and self._stopped is not None:
+                    raise self._stopped() from None
+                raise
+            finally:
+                # What is read may have outlived our cancellation: then the next read is told.
+                self._let_go()
+        except StopAsyncIteration:
             self._end(Outcome())
             raise
-        except asyncio.CancelledError as error:
-            late = self._timed_out(task)
-            self._end(Outcome(error=late or error))
-            if late is not None:
-                raise late from None
-            raise
         except BaseException as error:
+            # GeneratorExit too: whoever lets go of a step in the middle says nothing of what is called.
             self._end(Outcome(error=error))
             raise
         finally:
             self._reader = None
             if attempt is not None:
-                ATTEMPT.reset(attempt)
+                leave_attempt(attempt)
             close_scope(opened)
+
+    async def _end_late(self, make: Callable[[], Exception]) -> None:
+        """Close what was stopped while nobody read, and raise."""
+        error = make()
+        try:
+            try:
+                await _close(self._begun)
+            finally:
+                self._end(Outcome(error=error))
+            raise error
+        finally:
+            # It holds its traceback, and that this frame.
+            del error
 
     def _stop(self, make: Callable[[], Exception]) -> None:
         if not self._over and self._stopped is None:
             self._stopped = make
             if self._reader is not None:
+                self._stopping = True
                 self._reader.cancel()
 
-    def _timed_out(self, task: asyncio.Task[Any]) -> Exception | None:
-        """The error of a time that is over, where that and nothing else has cancelled the reader."""
-        if self._stopped is not None and task.uncancel() <= self._cancelling:
-            return self._stopped()
-        return None
+    def _let_go(self) -> bool:
+        """Take back our cancellation of the reader. Whether there was one, and nobody else has cancelled it besides."""
+        if not self._stopping or self._reader is None:
+            return False
+        self._stopping = False
+        return self._reader.uncancel() <= self._cancelling
 
     def _end(self, outcome: Outcome) -> None:
         if not self._over:
@@ -185,4 +205,13 @@ class Stream(AsyncGenerator[Any, Any]):
         # Collection may come in the middle of anything, under a policy's lock too: so not here and now.
         if self._begun is not None and not self._over and self._loop is not None and not self._loop.is_closed():
             with contextlib.suppress(RuntimeError):
-                self._loop.call_soon_threadsafe(self._call.end, Outcome())
+                self._loop.call_soon_threadsafe(_drop, self._call, self._stopped)
+
+
+def _left(stopped: Callable[[], Exception] | None) -> Outcome:
+    """What becomes of a stream that nobody reads on. Whoever has enough of it says nothing against it."""
+    return Outcome() if stopped is None else Outcome(error=stopped())
+
+
+def _drop(call: Call, stopped: Callable[[], Exception] | None) -> None:
+    call.end(_left(stopped))

@@ -257,13 +257,13 @@ class Retry:
     def describe(self) -> dict[str, object]:
         backoff = self.backoff
         classes = self.on if isinstance(self.on, tuple) else () if self.on is None else (self.on,)
-        foreign = self.wait is not None
+        foreign, attempts = self.wait is not None, self._bound
         return {
             "kind": "retry",
-            "attempts": self._bound,
+            "attempts": attempts,
             "seconds": self.within,
             # What the other side asks for with `Retry-After` comes on top.
-            "waits": None if foreign or self.stop else backoff.total(self.attempts - 1),
+            "waits": None if foreign or attempts is None or attempts == math.inf else backoff.total(int(attempts) - 1),
             "jitter": None if foreign else backoff.jitter != "none",
             "budget": self.budget is not None,
             "patient": self.patient,
@@ -281,7 +281,7 @@ class Retry:
             return math.inf
         # What tenacity.stop_after_attempt keeps; others have no such thing.
         most = getattr(self.stop, "max_attempt_number", None)
-        return most if isinstance(most, int) else None
+        return max(1, most) if isinstance(most, int) else None
 
     # -- around a call ------------------------------------------------------------------------------------------------
     #
@@ -425,8 +425,10 @@ class Retry:
             while True:
                 try:
                     delay = run.decide(current, outcome) if run.own else await run.ask(current, outcome)
-                except Exception as error:
-                    run.failed_to_decide(error, outcome)
+                except BaseException as error:
+                    # A strategy has failed, or was cancelled while it thought: nobody gets what it was to judge.
+                    if isinstance(error, Exception):
+                        run.failed_to_decide(error, outcome)
                     if outcome.error is None:
                         await run.dispose(current, outcome)
                     raise
