@@ -1,6 +1,7 @@
 """tenacity's strategies in a Retry: each decides as it does in tenacity, with our clock and our rules around it."""
 
 import asyncio
+import math
 import threading
 
 import pytest
@@ -432,3 +433,19 @@ async def test_a_wait_strategy_out_of_its_mind_is_no_wait(clock, wait):
         stop()
     assert [0.0] == [event.delay for event in heard]
     assert [] == clock.sleeps
+
+
+@pytest.mark.parametrize(
+    ("stop", "described"),
+    [
+        (stop_after_attempt(4), (4, 0.7)),
+        (stop_after_attempt(0), (1, 0.0)),
+        (stop_never, (math.inf, None)),
+        (stop_after_delay(5), (None, None)),
+        (stop_after_attempt(4) | stop_after_delay(5), (None, None)),
+    ],
+)
+def test_a_stop_is_described_as_far_as_it_tells(stop, described):
+    """How many attempts there are, and how long they wait, is said where the strategy says it."""
+    said = Retry(stop=stop).describe()
+    assert described == (said["attempts"], None if said["waits"] is None else round(said["waits"], 6))
