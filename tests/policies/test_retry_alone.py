@@ -947,6 +947,24 @@ async def test_a_late_end_of_the_last_attempt_is_the_end_of_the_call(clock, sync
     assert ["body"] == ended
 
 
+@KINDS
+async def test_a_call_without_a_retry_has_nothing_to_end(clock, sync):
+    """Where there was one attempt, nobody waits for the end of the call because of it."""
+    fn, _ = scripted(sync, OSError())
+    call = Call("prices")
+
+    async def asend(_):
+        return await fn()
+
+    with pytest.raises(OSError):
+        _ = (
+            Retry(attempts=1, clock=clock).run_sync(call, lambda _: fn())
+            if sync
+            else await Retry(attempts=1, clock=clock).run(call, asend)
+        )
+    assert not call.ends
+
+
 def test_a_retry_makes_nothing_where_nothing_fails():
     """Alone around a function, 1,000 calls that work leave not one object more behind than the function itself."""
 

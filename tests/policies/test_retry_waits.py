@@ -164,6 +164,9 @@ def test_the_total_of_many_waits_is_had_at_once():
     [
         ({"first": -1}, "seconds to wait"),
         ({"first": math.nan}, "seconds to wait"),
+        ({"first": math.inf}, "seconds to wait"),
+        ({"most": -1}, "seconds to wait"),
+        ({"factor": math.inf}, "1 or above"),
         ({"most": math.inf}, "seconds to wait"),
         ({"factor": 0.5}, "1 or above"),
         ({"jitter": "fall"}, "full, equal, decorrelated, none"),
