@@ -520,6 +520,11 @@ def test_a_rejection_says_what_it_knows_however_it_travels(left, state, text):
         assert ("", "") == (each.cause, each.remedy)
 
 
+def test_a_rejection_of_which_no_state_is_said_is_of_an_open_circuit():
+    """What a test or a fake raises needs no more than name and wait."""
+    assert "open" == CircuitOpenError(policy="payments", retry_after=1.0).state
+
+
 def test_a_rejection_of_a_guarded_function_is_the_same_error(clock):
     """The fast path of a guarded function and the slow one raise errors that nobody can tell apart."""
     breaker = make(clock)

@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import gc
 import itertools
+import logging
 import threading
 import weakref
 
@@ -156,6 +157,7 @@ def test_the_core_shows_its_options(clock):
     """What tools read from a pybreaker object is there: name, wait, and how many successes close it."""
     core = make(clock, probes=3).core
     assert ("payments", 10.0, 3) == (core.name, core.reset_timeout, core.success_threshold)
+    assert ("closed", 0, 0) == (core.current_state, core.fail_counter, core.success_counter)
 
 
 @pytest.mark.parametrize("mode", ["isolated", "disabled"])
@@ -259,7 +261,10 @@ def test_a_listener_that_raises_changes_nothing(clock, caplog, error):
     fail(breaker, 4)
     assert "open" == breaker.state
     assert [("closed", "open", "open")] == first.told == second.told
-    assert "a pybreaker listener of 'payments' failed" in caplog.text
+    assert [("meshkit", logging.WARNING, "a pybreaker listener of 'payments' failed; the call goes on")] == (
+        caplog.record_tuples
+    )
+    assert caplog.records[0].exc_info
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit])
