@@ -29,6 +29,7 @@ from meshkit import (
 from meshkit.core.call import Call, Judgement, Outcome
 from meshkit.core.events import RetryBudgetExhausted, RetryEnded, RetryScheduled
 from meshkit.core.scope import current_scope, scope_open
+from meshkit.core.trace import tracer, use_tracer
 from meshkit.testing.clock import ManualClock
 
 AT_ONCE = Backoff(first=0)
@@ -696,6 +697,75 @@ async def test_ten_thousand_failures_grow_no_traceback(clock):
         except OSError as error:
             depths.add(len(traceback.extract_tb(error.__traceback__)))
     assert 1 == len(depths)
+
+
+class Span:
+    def __init__(self, recording):
+        self.recording = recording
+        self.events = []
+
+    def event(self, name, attributes):
+        self.events.append((name, attributes))
+
+
+class Tracer:
+    def __init__(self, span):
+        self._span = span
+
+    def current(self):
+        return self._span
+
+
+@KINDS
+@pytest.mark.parametrize("recording", [True, False])
+async def test_a_span_that_records_is_told_of_each_wait(clock, sync, recording):
+    """The current span gets an event a retry, with wait, reason, attempt, and whether the other side asked for it."""
+
+    class Busy(Exception):
+        retry_after = 4.0
+
+    clock.chance = 0.0
+    span, before = Span(recording), tracer()
+    use_tracer(Tracer(span))
+    try:
+        fn, _ = scripted(sync, OSError(), Busy(), "ok")
+        assert "ok" == await called(guarded("alone", Retry(backoff=NONE, clock=clock), fn))
+    finally:
+        use_tracer(before)
+    told = [
+        (
+            "meshkit.retry",
+            {
+                "meshkit.retry.delay": delay,
+                "meshkit.retry.reason": reason,
+                "meshkit.attempt": attempt,
+                "meshkit.retry.after_header": asked,
+            },
+        )
+        for delay, reason, attempt, asked in (
+            (0.1, "OSError", 1, False),
+            (4.0, f"{__name__}.{Busy.__qualname__}", 2, True),
+        )
+    ]
+    assert (told if recording else []) == span.events
+
+
+@pytest.mark.parametrize("form", ["function", "loop"])
+async def test_every_64th_attempt_without_a_wait_gives_way(clock, form):
+    """130 attempts without waits let others run twice, and no more than that."""
+    retry = Retry(attempts=130, backoff=AT_ONCE, clock=clock)
+
+    async def fails():
+        raise OSError
+
+    async def loop():
+        async for attempt in retry.context("prices"):
+            with attempt:
+                raise OSError
+
+    with pytest.raises(OSError):
+        await (Pipeline("prices", retry)(fails)() if form == "function" else loop())
+    assert [0, 0] == clock.sleeps
 
 
 # -- what ended it ----------------------------------------------------------------------------------------------------
