@@ -253,6 +253,19 @@ async def test_what_was_answered_for_one_is_not_given_to_another(clock, prices, 
     assert ["failure"] == [event.result for event in used]
 
 
+@pytest.mark.parametrize("key", [lambda user: user, None], ids=["key", "all"])
+async def test_what_one_function_answered_is_not_given_for_another(clock, prices, key):
+    """Functions behind one pipeline are told apart, methods by their object; one made anew for each call has no answer."""
+    guarded = Pipeline("shop", Fallback(last_good=LastGood(key=key, clock=clock)))
+    other = Prices()
+    await guarded.call(prices.of, "ann")
+    prices.error = other.error = OSError("no")
+    assert ("ann", 1) == await guarded.call(prices.of, "ann")
+    for fn in (other.of, lambda user: prices.of(user)):
+        with pytest.raises(OSError, match="no"):
+            await guarded.call(fn, "ann")
+
+
 async def test_one_answer_for_all_has_to_be_said(clock, prices):
     """Without `key` it cannot be made; `key=None` is the word for a call that is the same for everybody."""
     with pytest.raises(TypeError, match="key"):

@@ -41,7 +41,8 @@ class LastGood:
     things around the call, tell callers apart. So `key` has no default. An answer is given as it was, the same object: do
     not change what is kept.
 
-    Threads may share one; several functions need one each.
+    Functions are told apart by themselves, so that one pipeline may guard several. One that is made anew for each call (a
+    lambda, a partial) is always another one, and has no last good answer. Threads may share one.
 
     Args:
         key: a function of the call's arguments, whose result says which calls have the same answer:
@@ -82,7 +83,8 @@ class LastGood:
         self.denied = denied
         self._clock = clock
         self._answers: OrderedDict[Hashable, tuple[Any, float]] = OrderedDict()
-        self._lock = threading.Lock()
+        # Re-entrant, because a key's own `__eq__` runs under it, and destructors may.
+        self._lock = threading.RLock()
 
     def __len__(self) -> int:
         return len(self._answers)
@@ -107,15 +109,13 @@ class LastGood:
                 f"the result of {call.name!r} is a stream or a response, which can be read once, so it cannot be kept.",
                 "Keep what is made of it: put the Fallback around the function that reads it.",
             )
-        if self.key is None:
-            return None
-        _, args, kwargs = call.work
-        key = self.key(*args, **kwargs)
+        fn, args, kwargs = call.work
+        key = (fn, None if self.key is None else self.key(*args, **kwargs))
         try:
             hash(key)
         except TypeError:
             raise ConfigurationError(
-                f"the key of a call of {call.name!r} is {type(key).__name__}, which cannot be looked up.",
+                f"the key of a call of {call.name!r} is {type(key[1]).__name__}, which cannot be looked up.",
                 "Have key return text, a number, or a tuple of those.",
             ) from None
         return key
