@@ -279,3 +279,14 @@ async def test_a_chain_of_three_hops_does_not_multiply(budgets_on, marker_on, mo
         clock.block(0.01)
     assert hits / 1_000 <= most
     assert budgets_on or hits / 1_000 == most
+
+
+def test_counting_a_call_takes_no_lock():
+    """While somebody has the lock, a call is counted all the same: only every sixteenth of a window takes it."""
+    budget = RetryBudget(ratio=1.0, at_least=0)
+    with budget._lock:
+        counting = threading.Thread(target=budget.deposit, daemon=True)
+        counting.start()
+        counting.join(5)
+        assert not counting.is_alive()
+    assert 1 == budget.balance
