@@ -5,6 +5,7 @@ import weakref
 import pytest
 
 from meshkit import (
+    Backoff,
     CircuitBreaker,
     CircuitOpenError,
     ConfigurationError,
@@ -173,7 +174,7 @@ async def test_retries_that_were_used_up_earlier_are_not_this_calls(clock):
     stop = listen(heard.append, kind=FallbackUsed)
     with scope_open(Scope()) as scope:
         await Pipeline("prices", Fallback(answer=7), Retry(clock=clock)).call(broken)
-        assert scope.exhausted
+        scope.mark_exhausted()
         await Pipeline("stock", Fallback(answer=7)).call(broken)
     stop()
     assert ["retries_exhausted", "error"] == [event.reason for event in heard]
@@ -533,3 +534,21 @@ def test_it_describes_itself():
     """For explain and the linter: which errors it answers."""
     assert {"kind": "fallback", "name": "cached", "on": []} == Fallback(answer=1, name="cached").describe()
     assert ["OSError", "KeyError"] == Fallback(answer=1, on=(OSError, KeyError)).describe()["on"]
+
+
+@pytest.mark.parametrize("before", [False, True])
+async def test_what_is_answered_for_is_not_used_up(before):
+    """Retries that end in an answer leave no mark of exhaustion on the request; one from before stays."""
+
+    async def fails():
+        raise OSError
+
+    with scope_open(Scope()) as scope:
+        if before:
+            scope.mark_exhausted()
+        guard = Pipeline("prices", Fallback(answer=1), Retry(attempts=2, backoff=Backoff(first=0)))
+        assert 1 == await guard.call(fails)
+        assert before is scope.exhausted
+        with pytest.raises(OSError):
+            await Pipeline("prices", Retry(attempts=2, backoff=Backoff(first=0))).call(fails)
+        assert scope.exhausted

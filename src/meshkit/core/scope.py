@@ -83,6 +83,10 @@ class Scope:
         """Say that retries were used up."""
         self._root._exhausted = True
 
+    def clear_exhausted(self) -> None:
+        """Say that what was used up no longer matters: something has answered in its place."""
+        self._root._exhausted = False
+
     @property
     def opened(self) -> float | None:
         """Seconds until the breaker that opened (or re-opened) during this request probes again; `None` if none did."""

@@ -225,7 +225,7 @@ class Fallback:
         finally:
             call.end(outcome, since=mark)
         if kept is not None:
-            self._answered(call, reason, outcome, kept[1])
+            self._answered(call, reason, outcome, exhausted, kept[1])
             return cast("T", kept[0])
         try:
             answer = self.answer(outcome) if callable(self.answer) else self.answer
@@ -236,7 +236,7 @@ class Fallback:
             if outcome.error is None or error is outcome.error or error.__cause__ is not None:
                 raise
             raise error from outcome.error
-        self._answered(call, reason, outcome)
+        self._answered(call, reason, outcome, exhausted)
         return cast("T", answer)
 
     def run_sync(self, call: Call, call_next: NextSync[T]) -> T:
@@ -264,7 +264,7 @@ class Fallback:
         finally:
             call.end(outcome, since=mark)
         if kept is not None:
-            self._answered(call, reason, outcome, kept[1])
+            self._answered(call, reason, outcome, exhausted, kept[1])
             return cast("T", kept[0])
         try:
             answer = self.answer(outcome) if callable(self.answer) else self.answer
@@ -278,7 +278,7 @@ class Fallback:
             raise ConfigurationError(
                 f"fallback {self.name!r} is a coroutine function, and the call it answers is a plain one."
             )
-        self._answered(call, reason, outcome)
+        self._answered(call, reason, outcome, exhausted)
         return cast("T", answer)
 
     def _answers(self, call: Call, outcome: Outcome) -> bool:
@@ -325,10 +325,16 @@ class Fallback:
         ended = retry_end(error) in _EXHAUSTED if error is not None else not exhausted and _exhausted()
         return "retries_exhausted" if ended else "error"
 
-    def _answered(self, call: Call, reason: _Reason, outcome: Outcome, age: float | None = None) -> None:
+    def _answered(
+        self, call: Call, reason: _Reason, outcome: Outcome, exhausted: bool, age: float | None = None
+    ) -> None:
         scope = current_scope()
         if scope is not None:
             scope.mark_degraded(self.name, age=age)
+            if not exhausted and scope.exhausted:
+                # What this call has used up is answered for. If the request fails after all, that has another reason,
+                # and whoever made it may try again.
+                scope.clear_exhausted()
         emit(FallbackUsed(source=call.name, reason=reason, result="success", error_type=_type_of(outcome), age=age))
         span = tracer().current()
         if span.recording:
