@@ -21,7 +21,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Itera
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import CodeType, FrameType, TracebackType
-from typing import Any
+from typing import Any, Literal
 
 import meshkit
 from meshkit import Pipeline, Policy, current_attempt, current_scope
@@ -202,7 +202,7 @@ class Work:
             if self._needs is not None:
                 await asyncio.sleep(0)
                 await self._world.clock.sleep(self._needs)
-        except asyncio.CancelledError:
+        except (asyncio.CancelledError, GeneratorExit):
             self.cancelled += 1
             raise
         if isinstance(end, BaseException):
@@ -240,6 +240,8 @@ class Stage:
         check: fails where something leaked or was counted. Called when the call is over, however it ended.
         again: one more call, which has to work: what was held is free. `None`: there is nothing to be free.
         free: lets go of what the scenario itself holds, before that call.
+        heeds: whether what is called lets its cancellation out.
+        drops: whether what is called ends when its coroutine is closed.
     """
 
     call: Callable[[], Coroutine[Any, Any, object]]
@@ -248,6 +250,8 @@ class Stage:
     check: Callable[[], None] = lambda: None
     again: Callable[[], Awaitable[object]] | None = None
     free: Callable[[], object] = lambda: None
+    heeds: bool = True
+    drops: bool = True
 
 
 class World:
@@ -279,9 +283,14 @@ class World:
 
     def actor(self, coro: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
         """Somebody else who calls, brought to where he waits."""
+        task = self.join(coro)
+        self.loop.settle()
+        return task
+
+    def join(self, coro: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
+        """As `actor`, while the loop runs."""
         task = self.loop.create_task(coro)
         self._actors.append(task)
-        self.loop.settle()
         return task
 
     def after(self, seconds: float, act: Callable[[], object]) -> None:
@@ -351,6 +360,7 @@ class Sweep:
 
 
 Scenario = Callable[[World], Stage]
+How = Literal["cancel", "twice", "again", "close"]
 SCENARIOS: dict[str, Scenario] = {}
 
 
@@ -362,62 +372,92 @@ def scenario(make: Scenario) -> Scenario:
 
 
 @functools.cache
-def swept(name: str) -> Sweep:
+def swept(name: str, how: How = "cancel") -> Sweep:
     """The sweep of a scenario; made once a run."""
-    return sweep(SCENARIOS[name])
+    return sweep(SCENARIOS[name], how=how)
 
 
-def sweep(make: Scenario, *, times: int = 1, only: int | None = None) -> Sweep:
-    """Run a scenario to its end, and then again and again, cancelled at each further step.
+def sweep(make: Scenario, *, how: How = "cancel", only: int | None = None) -> Sweep:
+    """Run a scenario to its end, and then again and again, stopped at each further step.
 
     Args:
         make: sets the scenario up in a new world.
-        times: how often it is cancelled in the same turn.
-        only: cancel at this step alone (modulo their number).
+        how: `"cancel"`: once. `"twice"`: twice in the same turn. `"again"`: again some turns later, when it deals with
+            the first one. `"close"`: not cancelled, but closed, in another context, as the collector closes a coroutine
+            that was dropped.
+        only: stop at this step alone (modulo their number).
     """
     found = Sweep()
-    found.steps = _run(make, None, times, found)
+    found.steps = _run(make, None, "cancel", found)
     for step in range(found.steps) if only is None else [only % found.steps]:
-        _run(make, step, times, found)
+        for later in range(1, 4) if how == "again" else [0]:
+            _run(make, step, how, found, later)
     return found
 
 
-def _run(make: Scenario, stop: int | None, times: int, found: Sweep) -> int:
+def _run(make: Scenario, stop: int | None, how: How, found: Sweep, later: int = 0) -> int:
     world = World()
     world.loop.complaints = found.complaints
     try:
         stage = make(world)
         found.policies |= {type(policy) for policy in _flat(stage.policies)}
-        return _Run(world, stage, stop, times, found).steps
+        return _Run(world, stage, stop, how, found, later).steps
     finally:
         world.end_actors()
         world.close()
 
 
 class _Run:
-    def __init__(self, world: World, stage: Stage, stop: int | None, times: int, found: Sweep) -> None:
+    def __init__(self, world: World, stage: Stage, stop: int | None, how: How, found: Sweep, later: int) -> None:
         self.world, self.stage, self.stop, self.found = world, stage, stop, found
+        self._later = later
         loop = world.loop
         main = loop.create_task(self._main())
         self.steps = 0
         while not main.done() and self.steps != stop:
             if not (loop.step() or loop.pass_time()):
-                # It waits for ever, which is a scenario too: the last chance to cancel it.
+                # It waits for ever, which is a scenario too: the last chance to stop it.
                 break
             self.steps += 1
             if self.steps > ENDLESS:
                 raise AssertionError("this call never ends")
+        self._closed = False
         if not main.done():
-            for task in loop.tasks:
-                if not task.done() and task not in world._actors:
-                    found.points |= {*_waiting(task.get_coro())}
-            for _ in range(times):
+            self._note()
+            if how == "close" and stage.drops:
+                self._close(main)
+            else:
                 main.cancel()
-            loop.settle()
+                if how == "twice":
+                    main.cancel()
+                for _ in range(later):
+                    loop.step()
+                if later and not main.done():
+                    self._note()
+                    main.cancel()
+        loop.settle()
         self._judge(main)
         # The last point is the one before the end.
         if stop is None and main.cancelled():
             self.steps += 1
+
+    def _note(self) -> None:
+        """Where all of them wait."""
+        for task in self.world.loop.tasks:
+            if not task.done() and task not in self.world._actors:
+                self.found.points |= {*_waiting(task.get_coro())}
+
+    def _close(self, main: asyncio.Task[object]) -> None:
+        """Drop the call in the middle."""
+        main._log_destroy_pending = False  # type: ignore[attr-defined]
+        coro: Any = main.get_coro()
+        if inspect.getcoroutinestate(coro) == inspect.CORO_CREATED:
+            # Not even begun: Python itself has nothing to close.
+            main.cancel()
+            return
+        self._closed = True
+        with self.world.loop._running():
+            contextvars.Context().run(coro.close)
 
     async def _main(self) -> object:
         before = current_scope(), current_attempt()
@@ -432,25 +472,27 @@ class _Run:
                 self._fault("a context variable is not as it was")
 
     def _fault(self, text: str) -> None:
-        self.found.faults.append(f"step {'none' if self.stop is None else self.stop}: {text}")
+        later = f" and {self._later} later" if self._later else ""
+        self.found.faults.append(f"step {'none' if self.stop is None else self.stop}{later}: {text}")
 
     def _judge(self, main: asyncio.Task[object]) -> None:
         world, stage, work = self.world, self.stage, self.stage.work
-        if not main.done():
+        if not (self._closed or main.done()):
             self._fault("the call goes on")
             return
-        if self.stop is not None and not main.cancelled():
-            self._fault(f"no cancellation came out, but {main.exception() or main.result()!r}")
-        if main.cancelled() is False and main.exception() is not None:
-            # Known, so that nobody complains of it.
-            main.exception()
+        given: object = None
+        if main.done() and not main.cancelled():
+            given = main.exception() or main.result()
+            if self.stop is not None and stage.heeds and not self._closed:
+                self._fault(f"no cancellation came out, but {given!r}")
         for left in world.left():
-            self._fault(f"left behind: {left}")
+            if not (self._closed and repr(main) == left):
+                self._fault(f"left behind: {left}")
         if work.running:
             self._fault(f"{work.running} runs of the function have not heard of it")
-        given = None if main.cancelled() or main.exception() else main.result()
         for answer in work.answers:
-            if answer.disposed != (answer is not given):
+            # Who is closed cannot wait for anything, so not for a disposal either.
+            if answer.disposed != (answer is not given) and not self._closed:
                 self._fault(f"the answer of run {answer.attempt} was disposed of {answer.disposed} times")
         try:
             stage.check()
@@ -463,7 +505,8 @@ class _Run:
         except Exception as error:
             self._fault(f"{type(error).__name__}: {error} {_where(error)}")
         for left in world.left():
-            self._fault(f"left behind in the end: {left}")
+            if not (self._closed and repr(main) == left):
+                self._fault(f"left behind in the end: {left}")
 
 
 def _where(error: BaseException) -> str:

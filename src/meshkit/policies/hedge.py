@@ -119,14 +119,15 @@ class _Race(Generic[T]):
                 emit(HedgeEnded(source=self._call.name, attempts=len(self._attempts), winner=number))
             outcome = cast("Outcome", chosen.outcome)
         except GeneratorExit:
-            # Dropped in the middle, with its loop it may be: nothing can be waited for.
-            for attempt in self._attempts:
-                with contextlib.suppress(RuntimeError):
-                    self._leave(attempt)
+            self._leave_all()
             raise
         except BaseException:
             # The caller was cancelled, or one attempt came to something that is no answer at all.
-            await self._cancel_all()
+            try:
+                await self._cancel_all()
+            except GeneratorExit:
+                self._leave_all()
+                raise
             raise
         finally:
             self._attempts = []
@@ -161,6 +162,9 @@ class _Race(Generic[T]):
                         del attempt, outcome
                 if not self._failed(outcome):
                     return attempt
+                if outcome.error is not None:
+                    # It is over: another attempt may be waiting for the place that it had.
+                    attempt.call.end(outcome)
             if all(attempt.outcome is not None for attempt in self._attempts):
                 return None
             if more and clock.now() >= due:
@@ -251,6 +255,12 @@ class _Race(Generic[T]):
         attempt.task.add_done_callback(lambda _: _keep(_drop(attempt)))
         attempt.task.cancel()
 
+    def _leave_all(self) -> None:
+        """Where the caller was dropped in the middle, with its loop it may be: nothing can be waited for."""
+        for attempt in self._attempts:
+            with contextlib.suppress(RuntimeError):
+                self._leave(attempt)
+
     async def _cancel_all(self) -> None:
         """End all attempts, as `await` does when it is cancelled: nothing is left running, however long that takes."""
         while running := [attempt.task for attempt in self._attempts if not attempt.task.done()]:
@@ -263,7 +273,9 @@ class _Race(Generic[T]):
                 # Once more: passed on once more.
                 continue
         for attempt in self._attempts:
-            await _drop(attempt)
+            # Cancelled once more, it goes on with the others: what is raised in the end is a cancellation anyway.
+            with contextlib.suppress(asyncio.CancelledError):
+                await _drop(attempt)
 
 
 async def _drop(attempt: _Attempt[Any]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import email.utils
 import inspect
@@ -14,7 +15,18 @@ from datetime import UTC, datetime, timedelta
 from types import CoroutineType, TracebackType
 from typing import TYPE_CHECKING, Any, Final, Literal, TypeVar, cast
 
-from meshkit.core.call import ATTEMPT, NO_WORK, Call, Judgement, Next, NextSync, Outcome, driven, numbered
+from meshkit.core.call import (
+    ATTEMPT,
+    NO_WORK,
+    Call,
+    Judgement,
+    Next,
+    NextSync,
+    Outcome,
+    driven,
+    leave_attempt,
+    numbered,
+)
 from meshkit.core.clock import SYSTEM_CLOCK, Clock
 from meshkit.core.events import RetryBudgetExhausted, RetryEnd, RetryEnded, RetryScheduled, emit, error_type
 from meshkit.core.scope import Scope, close_scope, current_scope, open_scope
@@ -425,7 +437,7 @@ class Retry:
             while True:
                 try:
                     delay = run.decide(current, outcome) if run.own else await run.ask(current, outcome)
-                except BaseException as error:
+                except (Exception, asyncio.CancelledError) as error:
                     # A strategy has failed, or was cancelled while it thought: nobody gets what it was to judge.
                     if isinstance(error, Exception):
                         run.failed_to_decide(error, outcome)
@@ -779,7 +791,7 @@ class Attempt:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> bool:
         if self._token is not None:
-            ATTEMPT.reset(self._token)
+            leave_attempt(self._token)
         if self._opened is not None:
             close_scope(self._opened)
         if error is None:
