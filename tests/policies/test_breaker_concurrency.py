@@ -10,6 +10,7 @@ import pytest
 
 from meshkit import CircuitBreaker, CircuitOpenError, Pipeline, Timeout, listen
 from meshkit.core.events import CircuitChanged
+from meshkit.testing.clock import ManualClock
 
 
 def make(clock, **options):
@@ -307,6 +308,39 @@ def test_counts_are_exact_after_32_threads(clock, kind, hand):
         assert {"success": 32 * 120, "failure": 32 * 15, "ignored": 32 * 15, "rejected": 0} == expected
 
 
+def test_a_success_in_the_middle_of_a_reset_is_counted():
+    """One that ends just when the tally of its period is read for the last time goes nowhere but into the counts."""
+
+    class Interrupting(ManualClock):
+        then = None
+
+        def now(self):
+            if self.then is not None:
+                then, self.then = self.then, None
+                then()
+            return super().now()
+
+    clock = Interrupting()
+    breaker = make(clock)
+
+    @breaker
+    async def work():
+        await asyncio.sleep(0)
+
+    def end():
+        with pytest.raises(StopIteration):
+            under_way.send(None)
+
+    under_way = work()
+    under_way.send(None)
+    with breaker.calling():
+        pass
+    clock.then = end
+    breaker.reset()
+    assert clock.then is None
+    assert (2, 0) == (breaker.counts["success"], breaker.snapshot().calls)
+
+
 def test_reading_while_threads_call(clock):
     """Scrapes at any moment see numbers that fit together, and add nothing to them."""
     breaker = make(clock, failure_rate=1.0)
@@ -331,6 +365,38 @@ def test_reading_while_threads_call(clock):
         reader.join(30)
     assert [] == odd
     assert (8000, 10) == (breaker.counts["success"], breaker.snapshot().calls)
+
+
+@pytest.mark.parametrize("state", ["closed", "open"])
+@pytest.mark.parametrize("kind", ["plain", "async"])
+def test_neither_a_success_nor_a_refusal_waits_for_anybody(clock, state, kind):
+    """While closed, a guarded function's success takes no lock, and neither does its refusal while open: they are made
+    also where another thread is inside of the breaker."""
+    breaker = make(clock)
+
+    async def later():
+        return "ok"
+
+    plain, coroutine = breaker(lambda: "ok"), breaker(later)
+    guarded = plain if kind == "plain" else lambda: asyncio.run(coroutine())
+    assert "ok" == guarded()
+    if state == "open":
+        breaker.force_open()
+        clock.block(9.5)
+    came_to = []
+
+    def run():
+        try:
+            came_to.append(guarded())
+        except CircuitOpenError as error:
+            came_to.append(error.retry_after)
+
+    with breaker._lock:
+        thread = threading.Thread(target=run)
+        thread.start()
+        thread.join(10)
+        assert [{"closed": "ok", "open": 0.5}[state]] == came_to
+    thread.join()
 
 
 # -- event loops ------------------------------------------------------------------------------------------------------

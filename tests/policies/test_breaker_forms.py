@@ -34,6 +34,13 @@ def fail(breaker, times=1):
             raise ConnectionError("no")
 
 
+@pytest.fixture(autouse=True)
+def no_rule_fails(caplog):
+    """What counts as nothing does so by a rule, and not because the rule has failed."""
+    yield
+    assert "the rule of circuit" not in caplog.text
+
+
 def half_opened(clock, **options):
     breaker = make(clock, **options)
     fail(breaker, breaker.min_calls)
@@ -145,6 +152,19 @@ async def test_a_guarded_function_stays_what_it_was(clock):
     assert inspect.iscoroutinefunction(later)
     assert not inspect.iscoroutinefunction(plain)
     assert 3 == breaker.counts["success"]
+
+
+@pytest.mark.parametrize("late", [True, False])
+async def test_what_is_called_through_it_is_handed_on(clock, late):
+    """`run` and `run_sync` return what the call returns, in closed and in half-open."""
+    for breaker in (make(clock), half_opened(clock, probes=2)):
+        call = Call("payments", late=late)
+        assert "answer" == breaker.run_sync(call, lambda _: "answer")
+        call.end(Outcome("answer"))
+        call = Call("payments", late=late)
+        assert "answer" == await breaker.run(call, lambda _: asyncio.sleep(0, "answer"))
+        call.end(Outcome("answer"))
+        assert (2, "closed") == (breaker.counts["success"], breaker.state)
 
 
 @pytest.mark.parametrize("state", ["closed", "half_open"])
@@ -606,6 +626,9 @@ def test_wrong_options_are_refused_with_what_would_be_right(clock, wrong, says):
     """A value that cannot work, or that does not go with another one, is refused when the breaker is made."""
     with pytest.raises(ConfigurationError) as caught:
         make(clock, **wrong)
+    code, option, *_ = str(caught.value).split()
+    assert code == "MK100"
+    assert option in wrong
     assert says in str(caught.value)
 
 
@@ -625,6 +648,7 @@ def test_wrong_options_are_refused_with_what_would_be_right(clock, wrong, says):
         {"probes": 2, "concurrent_probes": 2},
         {"probes": 2, "concurrent_probes": 1},
         {"probe_for": float("inf")},
+        {"probe_for": 1e-9},
         {"ignore": ()},
         {"ignore": [KeyError][0]},
     ],
@@ -639,7 +663,7 @@ def test_the_edges_of_what_is_allowed(clock, right):
 def test_force_open_refuses_what_is_no_time(clock, seconds):
     """And leaves the breaker as it was."""
     breaker = make(clock)
-    with pytest.raises(ConfigurationError, match="seconds is how long calls are rejected, in seconds above 0"):
+    with pytest.raises(ConfigurationError, match=r"^MK100  seconds is how long calls are rejected, in seconds above 0"):
         breaker.force_open(seconds)
     assert "closed" == breaker.state
 

@@ -110,6 +110,19 @@ def test_closing_the_core_begins_a_new_window(clock):
     assert ("closed", 3) == (breaker.state, breaker.snapshot().calls)
 
 
+@pytest.mark.parametrize("step", ["open", "half_open"])
+def test_a_call_that_ends_after_a_hand_on_the_core_is_of_before(clock, changes, step):
+    """Its end is the first to see what was done: it tells of it, and no longer counts itself."""
+    breaker = make(clock)
+    under_way = breaker.calling()
+    under_way.__enter__()
+    getattr(breaker.core, step)()
+    error = ConnectionError("late")
+    under_way.__exit__(type(error), error, None)
+    assert [("closed", step)] == path(changes)
+    assert (step, 0) == (breaker.state, breaker.snapshot().calls)
+
+
 def test_opening_and_closing_the_core_unseen_is_no_event(clock, changes):
     """Where nobody looked in between nothing happened, and calls go on as before, also through a guarded function."""
     breaker = make(clock)
@@ -181,6 +194,7 @@ def test_the_core_outlives_its_breaker(clock):
     """Somebody who kept only the pybreaker object can still read and move it."""
     core = make(clock).core
     gc.collect()
+    assert ("closed", 0) == (core.current_state, core.fail_counter)
     core.open()
     assert ("open", 0) == (core.current_state, core.fail_counter)
 
@@ -195,6 +209,43 @@ def test_the_failure_counter_never_waits(clock):
         reader.start()
         reader.join(10)
     assert [2] == answers
+
+
+class Interrupting(ManualClock):
+    """Does something at the next look at the time, in the middle of whatever looks."""
+
+    then = None
+
+    def now(self):
+        if self.then is not None:
+            then, self.then = self.then, None
+            then()
+        return super().now()
+
+
+def test_a_hand_on_the_core_in_the_middle_of_a_call(changes):
+    """Opened by hand while a call is being let through, it refuses the next one."""
+    clock = Interrupting()
+    breaker = make(clock)
+    guarded = breaker(lambda: "ok")
+    clock.then = breaker.core.open
+    succeed(breaker)
+    assert clock.then is None
+    with pytest.raises(CircuitOpenError):
+        guarded()
+    assert [("closed", "open")] == path(changes)
+
+
+def test_a_hand_on_the_core_in_the_middle_of_an_opening(changes):
+    """Closed by hand while it opens, it lets the next call through."""
+    clock = Interrupting()
+    breaker = make(clock)
+    guarded = breaker(lambda: "ok")
+    clock.then = breaker.core.close
+    breaker.force_open()
+    assert clock.then is None
+    assert "ok" == guarded()
+    assert [("closed", "open"), ("open", "closed")] == path(changes)
 
 
 def test_hands_on_the_core_from_threads(clock):
@@ -409,6 +460,16 @@ async def test_the_timer_follows_force_open(clock, changes):
         assert seen == len(changes)
         await clock.advance(0.01)
         assert ("open", "half_open") == path(changes)[-1]
+
+
+async def test_there_is_one_timer_at_most(clock):
+    """Opened again and again, it leaves no timers behind on the loop."""
+    breaker = make(clock, half_open_by_timer=True)
+    for _ in range(100):
+        breaker.force_open()
+        breaker.force_open(20)
+        breaker.reset()
+    assert 1 >= sum(not timer.cancelled for *_, timer in clock._timers)
 
 
 @pytest.mark.parametrize("mode", ["isolate", "disable"])

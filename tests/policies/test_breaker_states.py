@@ -26,8 +26,9 @@ class Running:
         else:
             self._ending.set_result(result)
         await asyncio.wait({self._task})
-        if not self._task.cancelled():
-            assert error is self._task.exception(), "what the function raises is what the caller gets"
+        assert error is self._task.exception(), "what the function raises is what the caller gets"
+        if error is None:
+            assert self._task.result() in (result, None), "what it returns, too; a stream returns nothing"
 
     async def cancel(self):
         if isinstance(self._ending, concurrent.futures.Future):
@@ -47,7 +48,8 @@ class Caller:
 
     async def begin(self, breaker):
         """A call under way. Raises what refuses it."""
-        ending = concurrent.futures.Future() if self.form == "plain" else asyncio.get_running_loop().create_future()
+        loop = asyncio.get_running_loop()
+        ending = concurrent.futures.Future() if self.form.startswith("plain") else loop.create_future()
         started = asyncio.get_running_loop().create_future()
         task = asyncio.create_task(self._call(breaker, ending, started))
         await asyncio.wait({task, started}, return_when="FIRST_COMPLETED")
@@ -120,10 +122,12 @@ class Caller:
             except concurrent.futures.CancelledError:
                 raise asyncio.CancelledError from None
 
+        if self.form == "plain pipeline":
+            return await loop.run_in_executor(None, Pipeline("payments", breaker).call_sync, plain.__wrapped__)
         return await loop.run_in_executor(None, plain)
 
 
-FORMS = ["decorated", "pipeline", "block", "edge", "stream", "plain"]
+FORMS = ["decorated", "pipeline", "block", "edge", "stream", "plain", "plain pipeline"]
 
 
 @pytest.fixture(params=FORMS)
@@ -143,6 +147,13 @@ def changes():
     stop = listen(heard.append, kind=CircuitChanged)
     yield heard
     stop()
+
+
+@pytest.fixture(autouse=True)
+def no_rule_fails(caplog):
+    """What counts as nothing does so by a rule, and not because the rule has failed."""
+    yield
+    assert "the rule of circuit" not in caplog.text
 
 
 def make(clock, **options):
@@ -232,6 +243,16 @@ async def test_a_time_window_forgets(clock, caller):
     assert ("closed", 3) == (breaker.state, breaker.snapshot().calls)
 
 
+async def test_a_time_window_forgets_successes(clock, caller):
+    """They count at the time at which they ended, whenever somebody looks."""
+    breaker = make(clock, window=None, window_for=60.0, min_calls=1)
+    for _ in range(3):
+        await caller.once(breaker, "ok")
+    await clock.advance(60)
+    await caller.fail(breaker, 1)
+    assert ("open", 1) == (breaker.state, breaker.snapshot().calls)
+
+
 async def test_slow_calls_open_it_without_any_error(clock, caller, changes):
     """At `slow_rate` it opens although nothing failed, as Resilience4j's
     `shouldOpenAfterSlowCallRateThresholdExceededUsingMockClock`."""
@@ -247,6 +268,22 @@ async def test_slow_calls_open_it_without_any_error(clock, caller, changes):
     assert [("closed", "open")] == path(changes)
     snapshot = breaker.snapshot()
     assert (4, 0, 2, 0.5) == (snapshot.calls, snapshot.failures, snapshot.slow, snapshot.slow_rate)
+
+
+async def test_slow_calls_below_their_rate_do_not_open_it(clock, caller):
+    """Two slow calls of five are less than a half; a failure that is no slow call does not make them more."""
+    breaker = make(clock, slow_after=2.0, slow_rate=0.5, min_calls=5)
+    for seconds in (1, 1, 2, 2):
+        call = await caller.begin(breaker)
+        await clock.advance(seconds)
+        await call.end("ok")
+    await caller.fail(breaker, 1)
+    assert ("closed", 5, 1, 2) == (
+        breaker.state,
+        breaker.snapshot().calls,
+        breaker.snapshot().failures,
+        breaker.snapshot().slow,
+    )
 
 
 async def test_a_fast_success_opens_nothing(clock, simple):
@@ -277,7 +314,7 @@ async def test_an_ignored_probe_gives_its_place_back(clock, caller):
     assert "closed" == breaker.state
 
 
-@pytest.mark.parametrize("form", ["decorated", "pipeline", "edge", "plain"])
+@pytest.mark.parametrize("form", ["decorated", "pipeline", "edge", "plain", "plain pipeline"])
 async def test_a_result_can_be_a_failure(clock, form):
     """A result that the rule calls bad counts in closed and decides in half-open, as Resilience4j's
     `CircuitBreakerResultHandlingTest`."""
@@ -581,6 +618,13 @@ async def test_leaving_shadow_keeps_what_was_seen(clock, caller, changes):
     breaker.shadow = True
     await caller.once(breaker, "ok")
     assert (1, 2) == (breaker.counts["rejected"], breaker.counts["shadowed"])
+    breaker.reset()
+    breaker.shadow = False
+    await caller.fail(breaker, 4)
+    await caller.refused(breaker)
+    breaker.shadow = True
+    await caller.once(breaker, "ok")
+    assert (2, 3) == (breaker.counts["rejected"], breaker.counts["shadowed"])
 
 
 # -- by hand, in every state ------------------------------------------------------------------------------------------
@@ -767,6 +811,7 @@ class Busy(Exception):
         (25.0, 25.0),
         (25, 25.0),
         (3.0, 10.0),
+        (10.5, 10.5),
         (1e9, 300.0),
         (0, 10.0),
         (-5, 10.0),
@@ -783,6 +828,13 @@ async def test_it_stays_open_as_long_as_the_failure_that_opens_it_asks(clock, ca
     await caller.fail(breaker, 3)
     await caller.fail(breaker, 1, Busy(asked))
     assert lasts == breaker.retry_after
+
+
+async def test_less_than_a_second_is_heeded_too(clock, simple):
+    """A breaker that is open for a tenth of a second may be asked for half of one."""
+    breaker = make(clock, open_for=0.1)
+    await simple.fail(breaker, 4, Busy(0.5))
+    assert 0.5 == breaker.retry_after
 
 
 async def test_a_probe_that_asks_for_time_gets_it(clock, caller, changes):

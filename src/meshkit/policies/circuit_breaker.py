@@ -14,6 +14,7 @@ drops results of an earlier period are ours.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import logging
 import math
@@ -28,7 +29,7 @@ import pybreaker
 
 from meshkit.core.call import Call, Judge, Next, NextSync, Outcome
 from meshkit.core.clock import SYSTEM_CLOCK, Clock, Timer
-from meshkit.core.events import CircuitChanged, CircuitRejected, CircuitState, Event, emit
+from meshkit.core.events import CircuitChanged, CircuitRejected, CircuitState, emit
 from meshkit.core.pipeline import Pipeline
 from meshkit.core.scope import Scope, current_scope
 from meshkit.core.trace import TRACING, tracer
@@ -384,7 +385,6 @@ class CircuitBreaker:
             state_storage=_Storage(self),
             listeners=[_Tap(self)],
         )
-        self._publish()
         with _breakers_lock:
             _breakers.add(self)
 
@@ -397,7 +397,7 @@ class CircuitBreaker:
     def state(self) -> CircuitState:
         """closed, open, half_open, isolated or disabled. Open, with its time over, is half-open: the next call is a
         probe."""
-        events: list[Event] = []
+        events: list[CircuitChanged] = []
         with self._lock:
             self._follow(events)
             state = self._seen()
@@ -408,7 +408,7 @@ class CircuitBreaker:
     def retry_after(self) -> float | None:
         """Seconds until a probe is let through; 0 where calls are let through; `None` where nobody can say (isolated,
         or probes under way)."""
-        events: list[Event] = []
+        events: list[CircuitChanged] = []
         with self._lock:
             self._follow(events)
             wait = self._wait()
@@ -436,7 +436,7 @@ class CircuitBreaker:
 
     def snapshot(self) -> BreakerSnapshot:
         """State and window at one moment."""
-        events: list[Event] = []
+        events: list[CircuitChanged] = []
         with self._lock:
             self._follow(events)
             totals = self._totals()
@@ -481,10 +481,9 @@ class CircuitBreaker:
         """
         length = self.open_for if seconds is None else seconds
         _check_seconds("seconds", "how long calls are rejected", length)
-        events: list[Event] = []
+        events: list[CircuitChanged] = []
         with self._lock:
             self._leave_mode(events)
-            self._fold()
             self._length = length
             self._grown = self.open_for
             if self._state == "open":
@@ -505,7 +504,7 @@ class CircuitBreaker:
 
     def reset(self) -> None:
         """Close, with an empty window, whatever the state is."""
-        events: list[Event] = []
+        events: list[CircuitChanged] = []
         with self._lock:
             self._leave_mode(events)
             if self._state != "closed":
@@ -514,21 +513,19 @@ class CircuitBreaker:
                 # What is under way began before whatever the reset is for.
                 self._renew()
                 self._window.clear()
-                self._publish()
         self._tell(events)
 
     def _enter_mode(self, mode: Literal["isolated", "disabled"]) -> None:
-        events: list[Event] = []
+        events: list[CircuitChanged] = []
         with self._lock:
             self._follow(events)
             if self._mode != mode:
                 events.append(CircuitChanged(source=self.name, old=self._mode or self._state, new=mode))
                 self._mode = mode
-                self._renew()
                 self._publish()
         self._tell(events)
 
-    def _leave_mode(self, events: list[Event]) -> None:
+    def _leave_mode(self, events: list[CircuitChanged]) -> None:
         self._follow(events)
         if self._mode is not None:
             events.append(CircuitChanged(source=self.name, old=self._mode, new=self._state))
@@ -681,7 +678,7 @@ class CircuitBreaker:
         if failed is False and self._gate.free is token:
             token()
             return
-        events: list[Event] = []
+        events: list[CircuitChanged] = []
         opened: float | None = None
         with self._lock:
             self._follow(events)
@@ -738,18 +735,19 @@ class CircuitBreaker:
             after = judgement.retry_after
         else:
             failed = error is not None
-        return failed, after if isinstance(after, int | float) and 0 < after < math.inf else None
+        # Less than nothing is less than `open_for`; neither infinity nor NaN is below infinity.
+        return failed, after if isinstance(after, int | float) and after < math.inf else None
 
     def _acquire(self) -> _Token:
         """Let a call through and return the token that its result is recorded with, or raise."""
-        events: list[Event] = []
+        events: list[CircuitChanged] = []
         with self._lock:
             self._follow(events)
             token, refused, retry_after = self._admitted(events)
             if refused is not None:
                 self._counts["shadowed" if self._shadow else "rejected"] += 1
             elif self._gate.free is None:
-                # Somebody may have opened and closed `core` by hand since, with nobody looking.
+                # The first call of a period, or somebody has opened and closed `core` by hand with nobody looking.
                 self._publish()
         if events:
             self._tell(events)
@@ -775,7 +773,7 @@ class CircuitBreaker:
     # -- the state machine: everything below runs under the lock, awaits nothing and calls nobody's code but pybreaker's
     #    public transitions; what happened is told after the lock is released -----------------------------------------
 
-    def _admitted(self, events: list[Event]) -> tuple[_Token, CircuitState | None, float | None]:
+    def _admitted(self, events: list[CircuitChanged]) -> tuple[_Token, CircuitState | None, float | None]:
         """The token of a call; or the state that refuses it, and for how long."""
         if self._mode is not None:
             return _UNJUDGED, "isolated" if self._mode == "isolated" else None, None
@@ -811,10 +809,8 @@ class CircuitBreaker:
         return max(0.0, self._opens_at - self._clock.now())
 
     def _too_many(self, totals: Totals) -> bool:
-        if totals.calls < self.min_calls:
-            return False
-        return totals.failures / totals.calls >= self.failure_rate or (
-            self.slow_after is not None and totals.slow / totals.calls >= self.slow_rate
+        return totals.calls >= self.min_calls and (
+            totals.failures / totals.calls >= self.failure_rate or totals.slow / totals.calls >= self.slow_rate
         )
 
     def _totals(self) -> Totals:
@@ -843,19 +839,19 @@ class CircuitBreaker:
             return self._grown
         return max(self._grown, min(after, self.open_at_most))
 
-    def _reopen(self, after: float | None, events: list[Event]) -> None:
+    def _reopen(self, after: float | None, events: list[CircuitChanged]) -> None:
         # Step by step: a power of it may be more than a float holds.
         self._grown = min(self._grown * self.open_backoff, self.open_at_most)
         self._length = self._lasting(after)
         self._go("open", events)
 
-    def _follow(self, events: list[Event]) -> None:
+    def _follow(self, events: list[CircuitChanged]) -> None:
         """Take over what somebody did to the pybreaker object by hand."""
         state = _STATES[self._core_state]
         if state != self._state:
             self._entered(state, events)
 
-    def _go(self, to: CircuitState, events: list[Event]) -> None:
+    def _go(self, to: CircuitState, events: list[CircuitChanged]) -> None:
         try:
             if to == "open":
                 self.core.open()
@@ -869,7 +865,7 @@ class CircuitBreaker:
         # By what the tap has noted: such a listener may have come back here, and been told of the new state already.
         self._follow(events)
 
-    def _entered(self, state: CircuitState, events: list[Event]) -> None:
+    def _entered(self, state: CircuitState, events: list[CircuitChanged]) -> None:
         old, self._state = self._state, state
         self._renew()
         totals = self._totals()
@@ -881,9 +877,8 @@ class CircuitBreaker:
         elif state == "closed":
             self._window.clear()
             self._grown = self.open_for
-        if state != "open":
-            # For whoever opens `core` by hand.
-            self._length = self.open_for
+        # For whoever opens `core` by hand the next time.
+        self._length = self.open_for
         self._publish()
         if self._mode is not None:
             # Isolated or disabled it stays, whatever somebody does to `core`.
@@ -911,14 +906,12 @@ class CircuitBreaker:
             if breaker is not None:
                 breaker._half_open_if_due()
 
-        try:
+        # Where no loop runs in this thread, it is left to the next caller.
+        with contextlib.suppress(RuntimeError):
             self._timer = self._clock.call_at(self._opens_at, due)
-        except RuntimeError:
-            # No loop runs in this thread.
-            self._timer = None
 
     def _half_open_if_due(self) -> None:
-        events: list[Event] = []
+        events: list[CircuitChanged] = []
         with self._lock:
             self._follow(events)
             if self._mode is None and self._state == "open":
@@ -942,11 +935,9 @@ class CircuitBreaker:
             self._gate.free = None
             self._gate.until = _NEVER
 
-    def _tell(self, events: list[Event]) -> None:
+    def _tell(self, events: list[CircuitChanged]) -> None:
         for event in events:
             emit(event)
-            if not isinstance(event, CircuitChanged):
-                continue
             if TRACING.on:
                 span = tracer().current()
                 if span.recording:
@@ -977,7 +968,6 @@ class Calling:
     def __init__(self, breaker: CircuitBreaker) -> None:
         self._breaker = breaker
         self._token: _Token | None = None
-        self._started = 0.0
 
     def __enter__(self) -> Self:
         if self._token is not None:
