@@ -8,11 +8,14 @@ policy at which nothing was ever cancelled.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import gc
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 
 import pytest
 import tenacity
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from sweep import (
     HANG,
     SCENARIOS,
@@ -22,10 +25,12 @@ from sweep import (
     Work,
     World,
     at_an_edge,
+    drained,
     module_of,
     points_of,
     policies,
     scenario,
+    sweep,
     swept,
     timeouts,
 )
@@ -51,6 +56,7 @@ from meshkit import (
     Timeout,
     standard,
 )
+from meshkit.core.call import ATTEMPT
 from meshkit.core.events import HedgeStarted, RetryScheduled
 from meshkit.core.scope import scope_open
 
@@ -861,6 +867,149 @@ def pipeline_as_a_decorator(world: World) -> Stage:
     return Stage(call=pipeline(work), work=work, policies=(pipeline,))
 
 
+# -- streams ----------------------------------------------------------------------------------------------------------
+
+
+def streamed(work: Work, *around: Policy, **more: object) -> Stage:
+    """A stage on which a stream of three items is read, each of them a run of `work`."""
+
+    async def prices() -> AsyncIterator[object]:
+        for _ in range(3):
+            yield await work()
+
+    guarded = Pipeline("prices", *around)(prices)
+    return Stage(
+        call=lambda: drained(guarded()),
+        work=work,
+        policies=around,
+        again=lambda: drained(Pipeline("p", *around)(one_item)()),
+        # Up to Python 3.12, a generator does not hear of it where a read of it is closed: it ends when it is collected.
+        drops=False,
+        **more,
+    )
+
+
+async def one_item() -> AsyncIterator[int]:
+    await asyncio.sleep(0)
+    yield 1
+
+
+@scenario
+def stream(world: World) -> Stage:
+    work, bulkhead = world.work(), Bulkhead("b", limit=1)
+    return streamed(work, bulkhead, check=taken(work, bulkhead))
+
+
+@scenario
+def stream_in_its_time(world: World) -> Stage:
+    return streamed(
+        world.work("ok", HANG), Timeout(total=3.0, clock=world.clock), Timeout(total=3.0, clock=world.clock)
+    )
+
+
+@scenario
+def stream_that_a_fallback_answers(world: World) -> Stage:
+    async def instead(outcome: Outcome) -> AsyncIterator[object]:
+        await asyncio.sleep(0)
+        return one_item()
+
+    return streamed(world.work(OSError()), Fallback(answer=instead))
+
+
+@scenario
+def stream_as_a_probe(world: World) -> Stage:
+    """Up to its last item, a probe that is cancelled gives its place back."""
+    work, breaker = world.work(), CircuitBreaker("b", clock=world.clock)
+    opened(world, breaker, ready=True)
+
+    def check() -> None:
+        assert (0, 0) == (breaker._probing, breaker.counts["failure"])
+        assert breaker.counts["success"] <= (3 == work.returned) + 1
+
+    return streamed(work, breaker, check=check)
+
+
+@scenario
+def stream_through_everything(world: World) -> Stage:
+    work = world.work(OSError(), HANG, "ok", "ok")
+    around, check = full(world)
+    return streamed(work, *around, check=lambda: check(work))
+
+
+@scenario
+def stream_that_values_go_into(world: World) -> Stage:
+    work, bulkhead = world.work(), Bulkhead("b", limit=1)
+
+    async def echo() -> AsyncIterator[object]:
+        for _ in range(3):
+            try:
+                await work()
+                yield 1
+            except KeyError:
+                yield await work()
+
+    async def call() -> object:
+        items = Pipeline("prices", bulkhead)(echo)()
+        await anext(items)
+        await items.asend("more")
+        await items.athrow(KeyError())
+        return await drained(items)
+
+    return Stage(call=call, work=work, policies=(bulkhead,), check=taken(work, bulkhead), drops=False)
+
+
+@scenario
+def stream_whose_reader_stalls(world: World) -> Stage:
+    """The time is over while nobody reads; the read that is told of it closes the generator, which takes a while."""
+    work, bulkhead = world.work(), Bulkhead("b", limit=1)
+    around = (bulkhead, Timeout(1.0, clock=world.clock))
+
+    async def prices() -> AsyncIterator[object]:
+        try:
+            while True:
+                yield await work()
+        finally:
+            await asyncio.sleep(0)
+            await asyncio.sleep(0)
+
+    async def call() -> object:
+        async with contextlib.aclosing(Pipeline("prices", *around)(prices)()) as items:
+            await anext(items)
+            await world.clock.sleep(2.0)
+            return await anext(items)
+
+    return Stage(call=call, work=work, policies=around, check=taken(work, bulkhead), drops=False)
+
+
+@scenario
+def stream_that_is_closed(world: World) -> Stage:
+    """Cancelled while it is closed, it is closed all the same."""
+    work, bulkhead = world.work(), Bulkhead("b", limit=1)
+    closed: list[str] = []
+
+    async def prices() -> AsyncIterator[object]:
+        try:
+            yield await work()
+            yield 2
+        finally:
+            closed.append("begun")
+            await asyncio.sleep(0)
+
+    guarded = Pipeline("prices", bulkhead)(prices)
+
+    async def call() -> object:
+        async with contextlib.aclosing(guarded()) as items:
+            async for item in items:
+                return item
+        return None
+
+    def check() -> None:
+        taken(work, bulkhead)()
+        assert len(closed) == (1 if work.began else 0)
+
+    return Stage(call=call, work=work, policies=(bulkhead,), check=check, drops=False)
+
+
 # -- the sweep --------------------------------------------------------------------------------------------------------
 
 
@@ -903,8 +1052,240 @@ def test_each_policy_is_cancelled_wherever_it_waits(name):
     assert [] == missed(covered, module_of(kind))
 
 
+@pytest.mark.parametrize("module", ["core/call.py", "core/pipeline.py", "core/stream.py"])
+def test_what_policies_stand_on_is_cancelled_wherever_it_waits(module):
+    """So is each `await` of calls, pipelines and streams."""
+    assert points_of(module)
+    assert [] == missed(everything(), module)
+
+
 def test_no_task_and_no_coroutine_is_dropped_unfinished():
     """When all that the sweeps have made is collected, no loop hears of an error that nobody retrieved."""
     found = [swept(name) for name in SCENARIOS]
     gc.collect()
     assert [] == [complaint for each in found for complaint in each.complaints]
+
+
+# -- a sweep finds what it is for -------------------------------------------------------------------------------------
+
+
+class Leaky:
+    """A policy with one fault."""
+
+    def __init__(self, world: World, fault: str) -> None:
+        self._world = world
+        self._fault = fault
+        self.held = 0
+
+    def describe(self) -> dict[str, object]:
+        return {"kind": "leaky"}
+
+    async def run(self, call: Call, call_next: Callable[[Call], Awaitable[object]]) -> object:
+        clock, loop = self._world.clock, self._world.loop
+        if self._fault == "timer":
+            clock.call_at(clock.now() + 60, lambda: None)
+        elif self._fault == "place":
+            self.held += 1
+            result = await call_next(call)
+            self.held -= 1
+            return result
+        elif self._fault == "task":
+            return await asyncio.shield(loop.create_task(call_next(call)))
+        elif self._fault == "swallows":
+            with contextlib.suppress(asyncio.CancelledError):
+                return await call_next(call)
+        elif self._fault == "context":
+            ATTEMPT.set(7)
+        elif self._fault == "answer":
+            result = await call_next(call)
+            await asyncio.sleep(0)
+            return result
+        elif self._fault == "never again" and self.held:
+            raise LookupError
+        self.held += 1
+        return await call_next(call)
+
+
+@pytest.mark.parametrize("fault", ["timer", "place", "task", "swallows", "context", "answer", "never again"])
+def test_a_policy_with_a_fault_is_found(fault):
+    """Each thing that can be left behind, or lost, is one that a sweep sees."""
+
+    def leaks(world: World) -> Stage:
+        work, policy = world.work(), Leaky(world, fault)
+        return Stage(
+            call=lambda: at_an_edge(work, policy),
+            work=work,
+            policies=(policy,),
+            check=lambda: _same(0, policy.held if fault == "place" else 0),
+            again=lambda: Pipeline("p", policy).call(fine),
+        )
+
+    assert sweep(leaks).faults
+
+
+def test_an_await_that_no_scenario_reaches_is_found():
+    """Without sweeps, all places at which a policy waits are missing: they are read from its source."""
+    assert len(missed(Sweep(), "policies/retry.py")) > 10
+
+
+# -- by other hands than a caller's -----------------------------------------------------------------------------------
+
+ALONE: dict[str, Callable[[World], Policy]] = {
+    "Bulkhead": lambda world: Bulkhead("b", limit=1, queue=1, clock=world.clock),
+    "CircuitBreaker": lambda world: CircuitBreaker("b", clock=world.clock),
+    "CircuitBreakers": lambda world: CircuitBreakers("b", key=lambda: "tenant", clock=world.clock),
+    "Fallback": lambda world: Fallback(answer=asked_elsewhere, last_good=LastGood(key=None, clock=world.clock)),
+    "Hedge": lambda world: Hedge(0.5, clock=world.clock),
+    "Pipeline": lambda world: standard("prices", clock=world.clock, hedge=Hedge(0.3, clock=world.clock)),
+    "RateLimiter": lambda world: RateLimiter("l", permits=9, wait=None, clock=world.clock),
+    "Retry": lambda world: Retry(on=OSError, clock=world.clock),
+    "Timeout": lambda world: Timeout(5.0, clock=world.clock),
+}
+
+
+def idle(policy: Policy) -> None:
+    """Nobody is in it, and nobody waits."""
+    if isinstance(policy, Pipeline):
+        for each in policy.policies:
+            idle(each)
+    elif isinstance(policy, Bulkhead):
+        assert (0, 0) == (policy.in_use, policy.waiting)
+    elif isinstance(policy, RateLimiter):
+        assert 0 == policy.waiting
+    elif isinstance(policy, CircuitBreaker):
+        assert 0 == policy._probing
+
+
+@pytest.fixture
+def world():
+    made = World()
+    yield made
+    made.end_actors()
+    assert [] == made.left()
+    gc.collect()
+    assert [] == made.loop.complaints
+    made.close()
+
+
+@pytest.mark.parametrize("name", policies())
+def test_an_exit_of_the_program_comes_out_untouched(world, name):
+    """KeyboardInterrupt out of the function is that very object when it comes out; it counts as nothing, and nothing is
+    held."""
+    policy, leaving = ALONE[name](world), KeyboardInterrupt()
+    work = world.work(leaving)
+    main, seen = world.loop.create_task(Pipeline("prices", policy).call(work)), []
+    for _ in range(100):
+        try:
+            if not (world.loop.step() or world.loop.pass_time()):
+                break
+        except KeyboardInterrupt as error:
+            seen.append(error)
+    assert main.exception() is leaving
+    assert {id(leaving)} == {id(error) for error in seen}
+    assert 1 == work.began
+    idle(policy)
+    if isinstance(policy, CircuitBreaker):
+        assert {"ignored": 1} == {kind: number for kind, number in policy.counts.items() if number}
+    assert "ok" == world.run(Pipeline("prices", policy).call(fine))
+
+
+@pytest.mark.parametrize("around", ["asyncio.timeout", "asyncio.wait_for", "asyncio.TaskGroup"])
+@pytest.mark.parametrize("name", policies())
+def test_structured_concurrency_of_asyncio_works_around_it(world, name, around):
+    """asyncio's own timeout raises its own TimeoutError, and a group whose other task fails cancels the call: each
+    leaves the task without a cancellation."""
+    policy, work = ALONE[name](world), world.work(HANG, HANG, HANG)
+    pipeline = Pipeline("prices", policy)
+
+    async def fail() -> None:
+        await world.clock.sleep(1.0)
+        raise LookupError
+
+    async def caller() -> tuple[object, int]:
+        came: object = None
+        try:
+            if around == "asyncio.timeout":
+                async with asyncio.timeout(1.0):
+                    await pipeline.call(work)
+            elif around == "asyncio.wait_for":
+                await asyncio.wait_for(pipeline.call(work), 1.0)
+            else:
+                async with asyncio.TaskGroup() as group:
+                    calls.append(group.create_task(pipeline.call(work)))
+                    group.create_task(fail())
+        except TimeoutError as error:
+            came = type(error)
+        except ExceptionGroup as errors:
+            came = [type(error) for error in errors.exceptions]
+        task = asyncio.current_task()
+        assert task is not None
+        # A group's own cancellation of the task that it is in stays with it up to Python 3.12.
+        return came, 0 if calls else task.cancelling()
+
+    calls: list[asyncio.Task[object]] = []
+    expected = [LookupError] if around == "asyncio.TaskGroup" else TimeoutError
+    assert (expected, 0) == world.run(caller())
+    assert all(call.cancelled() for call in calls)
+    assert work.began == work.cancelled
+    idle(policy)
+
+
+@pytest.mark.parametrize("name", policies())
+def test_a_function_that_keeps_its_cancellation_keeps_the_call(world, name):
+    """Where the function deals with it and answers, its answer is the call's, and nothing is left behind."""
+    policy = ALONE[name](world)
+
+    async def stubborn() -> str:
+        try:
+            await world.loop.create_future()
+        except asyncio.CancelledError:
+            await asyncio.sleep(0)
+        return "kept"
+
+    main = world.loop.create_task(Pipeline("prices", policy).call(stubborn))
+    world.loop.settle()
+    main.cancel()
+    world.loop.settle()
+    # Not so in a task of its own, whose cancellation is Hedge's doing: who was cancelled is the caller.
+    hedged = name in ("Hedge", "Pipeline")
+    assert hedged == main.cancelled()
+    if not hedged:
+        assert "kept" == main.result()
+    idle(policy)
+
+
+# -- pipelines of chance ----------------------------------------------------------------------------------------------
+
+
+@settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(
+    kinds=st.lists(st.sampled_from(sorted(set(ALONE) - {"Pipeline"})), min_size=1, max_size=6),
+    script=st.lists(st.sampled_from(["ok", "no", "hang"]), max_size=4),
+    edge=st.booleans(),
+    how=st.sampled_from(["cancel", "twice", "again", "close"]),
+    step=st.integers(0, 200),
+)
+def test_any_pipeline_cancelled_anywhere_leaves_nothing_behind(kinds, script, edge, how, step):
+    """Policies in any order and number, whatever the function comes to, and wherever it is cancelled."""
+
+    def make(world: World) -> Stage:
+        ends = [{"ok": "ok", "no": OSError(), "hang": HANG}[end] for end in script]
+        work = world.work(*ends)
+        around = tuple(
+            # What can be kept of a call is not at an edge.
+            Fallback(answer=asked_elsewhere) if kind == "Fallback" and edge else ALONE[kind](world)
+            for kind in kinds
+            if not (kind == "CircuitBreakers" and edge)
+        )
+
+        def check() -> None:
+            for policy in around:
+                idle(policy)
+
+        pipeline = Pipeline("prices", *around)
+        call = (lambda: at_an_edge(work, pipeline)) if edge else (lambda: pipeline.call(work))
+        return Stage(call=call, work=work, policies=around, check=check)
+
+    found = sweep(make, how=how, only=step)
+    assert [] == found.faults
+    assert [] == found.complaints
