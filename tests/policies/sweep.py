@@ -644,7 +644,10 @@ def points_of(module: str) -> set[Point]:
 def policies() -> dict[str, type]:
     """The classes that meshkit offers as policies: public, with `run` and `describe`."""
     found: dict[str, type] = {}
+    # Modules are no policies, and plug into libraries that need not be here.
     for name in meshkit.__all__:
+        if name in meshkit._MODULES:
+            continue
         value = getattr(meshkit, name)
         if not inspect.isclass(value) or getattr(value, "_is_protocol", False):
             continue

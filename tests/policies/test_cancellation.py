@@ -1189,6 +1189,23 @@ def test_an_exit_of_the_program_comes_out_untouched(world, name):
     assert "ok" == world.run(Pipeline("prices", policy).call(fine))
 
 
+@pytest.mark.parametrize("name", [name for name, kind in policies().items() if hasattr(kind, "run_sync")])
+def test_an_exit_of_the_program_comes_out_of_a_plain_function_untouched(world, name):
+    """So it does from a plain function, with those policies that can guard one."""
+    policy, leaving = ALONE[name](world), KeyboardInterrupt()
+    if name == "Pipeline":
+        policy = Pipeline("inner", ALONE["CircuitBreaker"](world), ALONE["Bulkhead"](world))
+
+    def leave() -> None:
+        raise leaving
+
+    with pytest.raises(KeyboardInterrupt) as caught:
+        Pipeline("prices", policy).call_sync(leave)
+    assert caught.value is leaving
+    idle(policy)
+    assert "ok" == Pipeline("prices", policy).call_sync(lambda: "ok")
+
+
 @pytest.mark.parametrize("around", ["asyncio.timeout", "asyncio.wait_for", "asyncio.TaskGroup"])
 @pytest.mark.parametrize("name", policies())
 def test_structured_concurrency_of_asyncio_works_around_it(world, name, around):

@@ -318,6 +318,18 @@ async def test_a_listener_of_pybreaker_changes_nothing_either(clock, caplog):
 # -- where nobody listens ---------------------------------------------------------------------------------------------
 
 
+@pytest.fixture
+def nobody(monkeypatch):
+    """No listener at all, whoever else may listen in this process."""
+    monkeypatch.setattr(events, "_listeners", ())
+    monkeypatch.setattr(events, "_by_kind", {})
+    events._tell_classes(Event)
+    yield
+    monkeypatch.undo()
+    events._tell_classes(Event)
+
+
+@pytest.mark.usefixtures("nobody")
 async def test_what_nobody_hears_is_the_same_call(clock):
     """With no listener at all, calls come to the same, and `heard` says so for each class."""
     assert not any(events.heard(getattr(events, name)) for name in POLICIES)

@@ -14,6 +14,7 @@ from sweep import SteppedLoop, drained
 from meshkit import (
     AttemptTimeoutError,
     Backoff,
+    Bulkhead,
     CircuitBreaker,
     CircuitOpenError,
     ConfigurationError,
@@ -663,10 +664,11 @@ async def test_nothing_keeps_a_stream_alive(clock, ended):
     assert [] == live(clock)
 
 
-def test_a_stream_that_outlives_its_loop_is_silent(clock):
-    """Half read when its loop is closed: to drop it warns of nothing; in another loop it can be read to its end."""
+def test_a_stream_that_outlives_its_loop_lets_go_silently(clock):
+    """Half read when its loop is closed: in another loop it can be read to its end; to drop it warns of nothing, and
+    gives back the place, for which other loops may wait."""
     first, second = SteppedLoop(clock), SteppedLoop(clock)
-    place = Place()
+    place, bulkhead = Place(), Bulkhead("prices", limit=2)
 
     async def prices():
         for item in (1, 2, 3):
@@ -677,15 +679,32 @@ def test_a_stream_that_outlives_its_loop_is_silent(clock):
         loop.settle()
         return task.result()
 
-    streams = [Pipeline("prices", place)(prices)() for _ in range(2)]
+    streams = [Pipeline("prices", place, bulkhead)(prices)() for _ in range(2)]
     assert [1, 1] == [on(first, anext(stream, "end")) for stream in streams]
     first.close()
     assert [2, 3] == on(second, drained(streams.pop()))
-    assert 1 == place.held
+    assert (1, 1) == (place.held, bulkhead.in_use)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         streams.clear()
         gc.collect()
+    assert (0, 0) == (place.held, bulkhead.in_use)
+
+
+def test_a_stream_that_a_program_leaves_half_read_lets_go_at_the_latest_with_its_loop():
+    """`asyncio.run` around a reader that keeps its stream in a cycle: the place is free when the cycle is collected."""
+    place, feed = Place(), Feed([1, 2])
+
+    async def main():
+        stream = guarded(feed, place)()
+        cycle = [stream]
+        cycle.append(cycle)
+        assert 1 == await anext(stream)
+
+    asyncio.run(main())
+    assert 1 == place.held
+    gc.collect()
+    assert (0, 1) == (place.held, feed.closed)
 
 
 async def test_a_stream_that_is_dropped_is_ended_in_a_turn_of_its_loop():

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import functools
 import weakref
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
@@ -93,7 +92,7 @@ class Stream(AsyncGenerator[Any, Any]):
         if self._begun is None or self._over:
             self._over = True
             raise typ if val is None else val
-        throw = cast("AsyncGenerator[Any, Any]", self._begun.items).athrow
+        throw = cast("Callable[..., Awaitable[Any]]", cast("AsyncGenerator[Any, Any]", self._begun.items).athrow)
         thrown = (typ,) if val is None and tb is None else (typ, val, tb)
         return await self._step(lambda: throw(*thrown))
 
@@ -202,10 +201,15 @@ class Stream(AsyncGenerator[Any, Any]):
             self._call.end(outcome)
 
     def __del__(self) -> None:
-        # Collection may come in the middle of anything, under a policy's lock too: so not here and now.
-        if self._begun is not None and not self._over and self._loop is not None and not self._loop.is_closed():
-            with contextlib.suppress(RuntimeError):
-                self._loop.call_soon_threadsafe(_drop, self._call, self._stopped)
+        if self._begun is None or self._over or self._loop is None:
+            return
+        try:
+            # Collection may come in the middle of anything: so not here and now, but in a turn of its own.
+            self._loop.call_soon_threadsafe(_drop, self._call, self._stopped)
+        except RuntimeError:
+            # The loop was closed, and a place that is held there may be one that others wait for. Policies bear it: what
+            # they do at the end of a call may come in between their own steps.
+            _drop(self._call, self._stopped)
 
 
 def _left(stopped: Callable[[], Exception] | None) -> Outcome:
