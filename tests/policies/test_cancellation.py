@@ -878,15 +878,9 @@ def streamed(work: Work, *around: Policy, **more: object) -> Stage:
             yield await work()
 
     guarded = Pipeline("prices", *around)(prices)
-    return Stage(
-        call=lambda: drained(guarded()),
-        work=work,
-        policies=around,
-        again=lambda: drained(Pipeline("p", *around)(one_item)()),
-        # Up to Python 3.12, a generator does not hear of it where a read of it is closed: it ends when it is collected.
-        drops=False,
-        **more,
-    )
+    once_more = {"again": lambda: drained(Pipeline("p", *around)(one_item)())}
+    # Up to Python 3.12, a generator does not hear of it where a read of it is closed: it ends when it is collected.
+    return Stage(call=lambda: drained(guarded()), work=work, policies=around, drops=False, **{**once_more, **more})
 
 
 async def one_item() -> AsyncIterator[int]:
@@ -907,13 +901,14 @@ def stream_in_its_time(world: World) -> Stage:
     )
 
 
+async def elsewhere(outcome: Outcome) -> AsyncIterator[int]:
+    await asyncio.sleep(0)
+    return one_item()
+
+
 @scenario
 def stream_that_a_fallback_answers(world: World) -> Stage:
-    async def instead(outcome: Outcome) -> AsyncIterator[object]:
-        await asyncio.sleep(0)
-        return one_item()
-
-    return streamed(world.work(OSError()), Fallback(answer=instead))
+    return streamed(world.work(OSError()), Fallback(answer=elsewhere))
 
 
 @scenario
@@ -1278,29 +1273,34 @@ def test_a_function_that_keeps_its_cancellation_keeps_the_call(world, name):
 @given(
     kinds=st.lists(st.sampled_from(sorted(set(ALONE) - {"Pipeline"})), min_size=1, max_size=6),
     script=st.lists(st.sampled_from(["ok", "no", "hang"]), max_size=4),
-    edge=st.booleans(),
+    form=st.sampled_from(["call", "edge", "stream"]),
     how=st.sampled_from(["cancel", "twice", "again", "close"]),
     step=st.integers(0, 200),
 )
-def test_any_pipeline_cancelled_anywhere_leaves_nothing_behind(kinds, script, edge, how, step):
+def test_any_pipeline_cancelled_anywhere_leaves_nothing_behind(kinds, script, form, how, step):
     """Policies in any order and number, whatever the function comes to, and wherever it is cancelled."""
 
     def make(world: World) -> Stage:
         ends = [{"ok": "ok", "no": OSError(), "hang": HANG}[end] for end in script]
         work = world.work(*ends)
         around = tuple(
-            # What can be kept of a call is not at an edge.
-            Fallback(answer=asked_elsewhere) if kind == "Fallback" and edge else ALONE[kind](world)
+            # What is read item by item cannot be kept, and another one stands in for it.
+            Fallback(answer=elsewhere if form == "stream" else asked_elsewhere)
+            if kind == "Fallback" and form != "call"
+            else ALONE[kind](world)
             for kind in kinds
-            if not (kind == "CircuitBreakers" and edge)
+            # An edge has no arguments to take a key from.
+            if not (kind == "CircuitBreakers" and form == "edge")
         )
 
         def check() -> None:
             for policy in around:
                 idle(policy)
 
+        if form == "stream":
+            return streamed(work, *around, check=check, again=None)
         pipeline = Pipeline("prices", *around)
-        call = (lambda: at_an_edge(work, pipeline)) if edge else (lambda: pipeline.call(work))
+        call = (lambda: at_an_edge(work, pipeline)) if form == "edge" else (lambda: pipeline.call(work))
         return Stage(call=call, work=work, policies=around, check=check)
 
     found = sweep(make, how=how, only=step)

@@ -594,6 +594,20 @@ async def test_a_call_that_fails_leaves_no_cycle(clock, base):
         gc.enable()
 
 
+async def test_an_attempt_that_has_failed_gives_up_its_place_at_once(clock):
+    """Where the end of a call may come late, too: a second attempt that waits in the bulkhead for the place of the first
+    one gets it when that has failed, not only when the race is over."""
+    service = Service(clock, 3.0, 1.0, results=[OSError(), "answer 2"])
+    pipeline = Pipeline("prices", Hedge(1.0, clock=clock), Bulkhead("b", limit=1, queue=1, clock=clock))
+    call = Call("edge", late=True)
+    task = asyncio.create_task(pipeline.run(call, lambda attempt: numbered(attempt.attempt, service)))
+    await clock.advance(0)
+    await clock.advance(4.0)
+    assert task.done()
+    assert "answer 2" == task.result()
+    call.end(Outcome("answer 2"))
+
+
 def test_a_plain_function_is_refused_by_name():
     """A pipeline with a Hedge says, when it decorates a plain function, which policy cannot guard it."""
     with pytest.raises(ConfigurationError, match="Hedge in pipeline 'prices'"):
