@@ -35,7 +35,7 @@ _ARITHMETIC: dict[type[ast.operator], type[ast.operator]] = {
 }
 _FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
 # What is only for the type checker or for people to read.
-_FOR_READERS = frozenset({"TypeVar", "ParamSpec", "overload"})
+_FOR_READERS = frozenset({"Callable", "Literal", "ParamSpec", "TypeVar", "overload"})
 
 
 @dataclass(frozen=True)
@@ -178,6 +178,8 @@ class _Planter:
             return self._made(kind, where, node, lines, start, end, f"({ast.unparse(new)})")
 
         if isinstance(node, ast.JoinedStr):
+            return
+        if isinstance(node, ast.Subscript) and ast.unparse(node.value) in _FOR_READERS:
             return
         if isinstance(node, ast.Call):
             name = ast.unparse(node.func)
