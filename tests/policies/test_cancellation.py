@@ -725,6 +725,14 @@ def hedge_that_wins(world: World) -> Stage:
 
 
 @scenario
+def hedge_stopped_for_its_time(world: World) -> Stage:
+    """Two attempts under way, which are being ended when the call is cancelled, or dropped, as well."""
+    work, bulkhead = world.work(HANG, HANG), Bulkhead("b", limit=2)
+    around = (Timeout(2.0, clock=world.clock), Hedge(1.0, clock=world.clock), bulkhead)
+    return Stage(call=lambda: at_an_edge(work, *around), work=work, policies=around, check=taken(work, bulkhead))
+
+
+@scenario
 def hedge_of_three_that_win_at_once(world: World) -> Stage:
     work = world.work("ok", "ok", "ok")
     hedge = Hedge(0, attempts=3, clock=world.clock)
