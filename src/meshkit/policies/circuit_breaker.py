@@ -23,7 +23,7 @@ import weakref
 from collections.abc import Awaitable, Callable, Coroutine, Iterable
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any, Final, Literal, ParamSpec, Self, TypeVar, cast
+from typing import Any, Final, Literal, ParamSpec, Protocol, Self, TypeVar, cast
 
 import pybreaker
 
@@ -201,7 +201,14 @@ class BreakerSnapshot:
         return self.slow / self.calls if self.calls else 0.0
 
 
+class Watcher(Protocol):
+    """Is told of each breaker, and of each set of per-key breakers, in the thread that makes it, before its first call."""
+
+    def made(self, breaker: Any, /) -> None: ...
+
+
 _breakers: weakref.WeakSet[CircuitBreaker] = weakref.WeakSet()
+_watchers: weakref.WeakSet[Watcher] = weakref.WeakSet()
 _breakers_lock = threading.Lock()
 
 
@@ -209,6 +216,20 @@ def breakers() -> list[CircuitBreaker]:
     """All circuit breakers of this process that are alive: what a scrape reads."""
     with _breakers_lock:
         return list(_breakers)
+
+
+def watch(watcher: Watcher) -> None:
+    """Tell `watcher` of all that is made from now on, for as long as somebody else holds it."""
+    with _breakers_lock:
+        _watchers.add(watcher)
+
+
+def announce(breaker: object) -> None:
+    """Tell the watchers of what was just made."""
+    with _breakers_lock:
+        watching = list(_watchers)
+    for watcher in watching:
+        watcher.made(breaker)
 
 
 class CircuitBreaker:
@@ -387,6 +408,7 @@ class CircuitBreaker:
         )
         with _breakers_lock:
             _breakers.add(self)
+        announce(self)
 
     def __repr__(self) -> str:
         return f"CircuitBreaker({self.name!r}, state={self.state!r})"

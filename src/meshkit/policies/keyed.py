@@ -18,7 +18,7 @@ from meshkit.core.call import NO_WORK, Call, Next, NextSync
 from meshkit.core.clock import SYSTEM_CLOCK, Clock
 from meshkit.core.pipeline import Pipeline
 from meshkit.errors import ConfigurationError
-from meshkit.policies.circuit_breaker import CircuitBreaker, CircuitOpenError
+from meshkit.policies.circuit_breaker import CircuitBreaker, CircuitOpenError, announce
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -197,6 +197,7 @@ class CircuitBreakers:
         self._gate: CircuitBreaker | None = None
         with _families_lock:
             _families.add(self)
+        announce(self)
 
     def __repr__(self) -> str:
         return f"CircuitBreakers({self.name!r}, {len(self)} of {self.most})"
