@@ -57,7 +57,7 @@ NO_WORK: Final[Work] = (_nothing, (), {})
 
 
 class Call:
-    """One call, or one attempt at it. It never changes; a new one is made only from the second attempt on.
+    """One call, or one attempt at it. What it is never changes; a new one is made only from the second attempt on.
 
     A call has one end, and it may come after `run` has returned: at once for a plain result, at the end, failure or
     close of the body for a stream. Whoever makes a Call ends it.
@@ -73,9 +73,11 @@ class Call:
         stop: ends what still goes on after `run` has returned, with the error that its argument makes: how a Timeout
             reaches a stream. `None` where an edge sees to its own time, or nothing goes on.
         work: function, positional and keyword arguments of the call, for the innermost step of a pipeline.
+        opened: seconds until a breaker inside probes, written by it where this very attempt failed and left it open;
+            `None` where none did. It is how a Retry around it knows that a wait is of no use.
     """
 
-    __slots__ = ("_enders", "attempt", "discard", "judge", "late", "name", "stop", "work")
+    __slots__ = ("_enders", "attempt", "discard", "judge", "late", "name", "opened", "stop", "work")
 
     def __init__(
         self,
@@ -94,6 +96,7 @@ class Call:
         self.late = late
         self.stop = stop
         self.work = work
+        self.opened: float | None = None
         self._enders: list[Ender] | None = None
 
     def on_end(self, ender: Ender) -> None:
@@ -145,7 +148,7 @@ class Call:
         driven(self.dispose(outcome), "a result that has to be waited for when it is disposed of")
 
     def again(self) -> Call:
-        """The next attempt at the same call."""
+        """The next attempt at the same call. What the one before has left behind is none of its business."""
         return Call(self.name, self.attempt + 1, self.judge, self.discard, self.late, self.stop, self.work)
 
 
