@@ -24,6 +24,7 @@ import inspect
 import json
 import os
 import random
+import re
 import selectors
 import shutil
 import signal
@@ -44,6 +45,7 @@ from typing import Any, cast
 from proofs._mutants import Mutant, mutants
 
 ROOT = Path(__file__).resolve().parents[1]
+_OUR_OWN = 70
 KNOWN = Path(__file__).with_name("mutation_survivors.toml")
 LEAST = 0.95
 
@@ -111,16 +113,24 @@ class _Watch:
     def pytest_collection_modifyitems(self, items: list[Any]) -> None:
         place = self._place
         if place is not None:
-            items[:] = sorted((item for item in items if item.nodeid in place), key=lambda item: place[item.nodeid])
+            items[:] = sorted(
+                (item for item in items if _name(item.nodeid) in place), key=lambda item: place[_name(item.nodeid)]
+            )
 
     def pytest_runtest_logstart(self, nodeid: str) -> None:
         if self._seconds is not None:
-            _end_in(5.0 + 5.0 * self._seconds[nodeid])
+            _end_in(5.0 + 5.0 * self._seconds.get(_name(nodeid), 1.0))
 
     def pytest_runtest_logreport(self, report: Any) -> None:
-        self.took[report.nodeid] = self.took.get(report.nodeid, 0.0) + report.duration
+        name = _name(report.nodeid)
+        self.took[name] = self.took.get(name, 0.0) + report.duration
         if report.failed and not self.failed:
-            self.failed = report.nodeid
+            self.failed = name
+
+
+def _name(nodeid: str) -> str:
+    """A test's name in every process: some show an object's address."""
+    return re.sub("0x[0-9a-f]+", "0x", nodeid)
 
 
 def _end_in(seconds: float) -> None:
@@ -145,7 +155,7 @@ class _Lines:
         return self._line
 
     def pytest_runtest_logstart(self, nodeid: str) -> None:
-        self._now = self.of.setdefault(nodeid, set())
+        self._now = self.of.setdefault(_name(nodeid), set())
         sys.settrace(self._call)
         threading.settrace(self._call)
 
@@ -185,6 +195,11 @@ def _forked(run: Callable[[], object]) -> tuple[int, int]:
         with os.fdopen(write, "wb") as pipe:
             pipe.write(said)
         code = 0
+    except (KeyboardInterrupt, SystemExit):
+        # What the mutant has made of it.
+        pass
+    except BaseException:
+        code = _OUR_OWN
     finally:
         os._exit(code)
 
@@ -192,7 +207,9 @@ def _forked(run: Callable[[], object]) -> tuple[int, int]:
 def _read(child: int, answer: int) -> Any:
     with os.fdopen(answer, "rb") as pipe:
         said = pipe.read()
-    os.waitpid(child, 0)
+    _, status = os.waitpid(child, 0)
+    if os.waitstatus_to_exitcode(status) == _OUR_OWN:
+        raise SystemExit("mutation: a fork has failed by itself, which would pass for a mistake that was noticed")
     return json.loads(said) if said else None
 
 
@@ -221,7 +238,7 @@ class Tests:
         found = (
             list(self.seconds)
             if lines is None
-            else [test for test in self.seconds if not self.lines[test].get(file, set()).isdisjoint(lines)]
+            else [test for test in self.seconds if not self.lines.get(test, {}).get(file, set()).isdisjoint(lines)]
         )
         killers = self.killers[f"{target} {mutant.where}"]
         return sorted(found, key=lambda test: (-killers[test], self.seconds[test]))
@@ -339,9 +356,10 @@ class Laboratory:
                 for function in functions[code]:
                     function.__code__ = other
             watch = _Watch(self._tests[trial.target].seconds)
-            chosen = [items[test] for test in tests]
-            chosen[0].config.pluginmanager.register(watch)
-            for item, following in zip(chosen, [*chosen[1:], None], strict=True):
+            chosen = [items[test] for test in tests if test in items]
+            if chosen:
+                chosen[0].config.pluginmanager.register(watch)
+            for item, following in zip(chosen, [*chosen[1:], None], strict=False):
                 item.config.hook.pytest_runtest_protocol(item=item, nextitem=following)
                 if watch.failed:
                     break
@@ -386,7 +404,7 @@ class _Collected:
         self._then = then
 
     def pytest_runtestloop(self, session: Any) -> bool:
-        self._then({item.nodeid: item for item in session.items})
+        self._then({_name(item.nodeid): item for item in session.items})
         return True
 
 
