@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import inspect
+import io
 import re
 from typing import Any
 
@@ -135,7 +137,7 @@ async def fallback() -> None:
 
 
 async def hedge() -> None:
-    (sample,) = samples("Hedge")
+    sample, disposing = samples("Hedge")
     service = Service()
     first = asyncio.Event()
 
@@ -147,6 +149,20 @@ async def hedge() -> None:
         return await service()
 
     assert ("49.00", 2) == (await sample["price"](ask), service.asked)
+
+    opened: list[io.StringIO] = []
+
+    async def connect() -> io.StringIO:
+        opened.append(connection := io.StringIO())
+        if len(opened) == 1:
+            # It has its connection when it is cancelled.
+            with contextlib.suppress(asyncio.CancelledError):
+                await first.wait()
+        return connection
+
+    connection = await disposing["connected"](connect)
+    assert opened[-1] is connection
+    assert [True, False] == [connection.closed for connection in opened]
 
 
 SAMPLES = {

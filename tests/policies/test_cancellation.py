@@ -785,6 +785,20 @@ def hedge_whose_loser_takes_its_time(world: World) -> Stage:
 
 
 @scenario
+def hedge_that_disposes(world: World) -> Stage:
+    """What `discard=` disposes of, where no edge does."""
+    work = world.work("ok", "ok", "ok")
+
+    async def discard(answer: object) -> None:
+        answer.disposed += 1
+        await asyncio.sleep(0)
+
+    hedge = Hedge(0, attempts=3, discard=discard, clock=world.clock)
+    pipeline = Pipeline("prices", hedge)
+    return Stage(call=lambda: pipeline.call(work.answer), work=work, policies=(hedge,))
+
+
+@scenario
 def hedge_without_an_end(world: World) -> Stage:
     return through(world.work("ok"), Hedge(float("inf"), clock=world.clock))
 

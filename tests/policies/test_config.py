@@ -366,7 +366,7 @@ def test_every_keyword_of_a_policy_can_be_set_or_is_python_only():
         "fallback": {"last_good"},
         "retry": {"retry", "wait", "stop", "on_result", "discard", "budget", "clock"},
         "budget": {"name", "clock"},
-        "hedge": {"budget", "clock"},
+        "hedge": {"budget", "discard", "clock"},
         "breaker": {"name", "failed", "listeners", "clock"},
         "rate_limiter": {"name", "clock"},
         "bulkhead": {"name", "clock"},

@@ -1,4 +1,5 @@
 import asyncio
+import contextlib
 import contextvars
 import gc
 import weakref
@@ -234,6 +235,92 @@ async def test_what_a_loser_has_got_is_disposed_of(clock):
     await turns()
     await clock.advance(2)
     assert (2, [1]) == (task.result(), discarded)
+
+
+class Connection:
+    """What has to be closed, and counts how many of it are open."""
+
+    open = 0
+
+    def __init__(self):
+        Connection.open += 1
+
+    async def aclose(self):
+        Connection.open -= 1
+
+    def close(self):
+        Connection.open -= 1
+
+
+@pytest.mark.parametrize("discard", [Connection.aclose, Connection.close], ids=["async", "plain"])
+async def test_what_a_loser_of_a_function_has_got_is_disposed_of_by_discard(clock, monkeypatch, discard):
+    """Around a function, where no edge knows how a result is closed, `discard` is told of all but the one that wins."""
+    monkeypatch.setattr(Connection, "open", 0)
+
+    async def connect():
+        return Connection()
+
+    pipeline = Pipeline("db", Hedge(0, attempts=3, discard=discard, clock=clock))
+    assert isinstance(await pipeline.call(connect), Connection)
+    assert 1 == Connection.open
+
+
+async def test_what_comes_too_late_is_disposed_of_by_discard(clock):
+    """A loser that ignores its cancellation is not waited for, and what it opens later is closed."""
+    discarded, go = [], asyncio.Event()
+
+    async def connect():
+        if current_attempt() == 1:
+            while not go.is_set():
+                with contextlib.suppress(asyncio.CancelledError):
+                    await go.wait()
+        return current_attempt()
+
+    pipeline = Pipeline("db", Hedge(1.0, discard=discarded.append, clock=clock))
+    task = asyncio.create_task(pipeline.call(connect))
+    await turns()
+    await clock.advance(1.0)
+    await turns()
+    await clock.advance(1.0)
+    assert (2, []) == (await task, discarded)
+    go.set()
+    await turns()
+    assert [1] == discarded
+
+
+async def test_the_edge_disposes_before_discard_does(clock):
+    """What an edge leads, it disposes of itself; a failure has nothing to dispose of, and a result is disposed of once."""
+    by_edge, by_discard = [], []
+
+    async def close(result):
+        by_edge.append(result)
+
+    async def send(call):
+        return call.attempt
+
+    hedge = Hedge(0, discard=by_discard.append, clock=clock)
+    won = await hedge.run(Call("prices", discard=close), send)
+    assert ([3 - won], []) == (by_edge, by_discard)
+
+    async def refuse(call):
+        raise OSError
+
+    with pytest.raises(OSError):
+        await hedge.run(Call("prices"), refuse)
+    assert [] == by_discard
+
+
+async def test_a_result_that_cannot_be_disposed_of_keeps_no_answer_back(clock, caplog):
+    """What `discard` raises goes to the log, which is all that is left to tell; the caller has its answer."""
+
+    def fail(result):
+        raise OSError("gone already")
+
+    async def connect():
+        return "connection"
+
+    assert "connection" == await Pipeline("db", Hedge(0, discard=fail, clock=clock)).call(connect)
+    assert "a discarded result of call 'db' could not be disposed of" in caplog.text
 
 
 async def test_two_answers_in_one_turn_are_one_answer(clock):
@@ -629,6 +716,10 @@ def test_it_describes_itself():
         {"attempts": 1},
         {"attempts": 2.5},
         {"budget": 0.2},
+        {"discard": "close"},
+        {"clock": 3},
+        {"clock": None},
+        {"clock": ManualClock},
     ],
     ids=str,
 )

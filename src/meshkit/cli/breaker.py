@@ -123,7 +123,8 @@ def _store(redis: str, prefix: str, name: str, *, anyway: bool) -> BreakerStore:
     if name not in names and not anyway:
         # In an outage, a misspelt name that is taken would look like a switch that does not work.
         near = difflib.get_close_matches(name, names, 3, 0.5)
-        other = f"did you mean {' or '.join(map(repr, near))}?" if near else f"it knows {len(names)} others."
+        known = "1 other" if len(names) == 1 else f"{len(names) or 'no'} others"
+        other = f"did you mean {' or '.join(map(repr, near))}?" if near else f"it knows {known}."
         say(
             f"meshkit: no process that shares {prefix!r} has a breaker {name!r}: {other} --anyway says it all the same."
         )

@@ -7,7 +7,9 @@ import random
 import threading
 import time
 from collections.abc import Callable
-from typing import Protocol
+from typing import Final, Protocol
+
+from meshkit.errors import ConfigurationError
 
 
 class Timer(Protocol):
@@ -80,3 +82,21 @@ class _SystemClock:
 
 
 SYSTEM_CLOCK: Clock = _SystemClock()
+
+_ASKED: Final = ("now", "time", "sleep", "block", "call_at", "random")
+
+
+def check_clock(clock: object) -> None:
+    """Make sure that a policy is given a clock, so that it is not the first call that finds out.
+
+    Raises:
+        ConfigurationError: it is none.
+    """
+    if clock is SYSTEM_CLOCK:
+        return
+    # A class has the methods of its objects, so it would pass for one of them.
+    if isinstance(clock, type) or not all(callable(getattr(clock, name, None)) for name in _ASKED):
+        raise ConfigurationError(
+            f"clock is where the time comes from, and {clock!r} is none.",
+            "Leave it out, or give an object with the methods of meshkit.core.clock.Clock: ManualClock() in a test.",
+        )

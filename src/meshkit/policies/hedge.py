@@ -4,20 +4,24 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import inspect
+import logging
 import math
 from collections import deque
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from dataclasses import KW_ONLY, dataclass
 from typing import Any, Generic, TypeVar, cast
 
 from meshkit.core.call import Call, Next, Outcome
-from meshkit.core.clock import SYSTEM_CLOCK, Clock
+from meshkit.core.clock import SYSTEM_CLOCK, Clock, check_clock
 from meshkit.core.events import HedgeEnded, HedgeStarted, RetryBudgetExhausted, emit
 from meshkit.core.trace import TRACING, tracer
 from meshkit.errors import ConfigurationError
 from meshkit.policies.retry_budget import RetryBudget
 
 T = TypeVar("T")
+
+_log = logging.getLogger("meshkit")
 
 # Seconds that an answer waits for the attempts that lost, to see them end.
 _GRACE = 0.1
@@ -34,7 +38,8 @@ class Hedge:
     may be: saying so is up to you, nothing here can tell.** A `delay` near the time that 95 % of the calls take makes one
     further call in twenty (Dean and Barroso, "The Tail at Scale", 2013).
 
-    Attempts that lose are cancelled and seen to end, and what they have already got is disposed of. A failure, or what
+    Attempts that lose are cancelled and seen to end, and what they have already got is disposed of: by the edge that made
+    the call, or by `discard`. Around a function whose result has to be closed, give that. A failure, or what
     the edge that made the call takes for one, does not win while another attempt is under way; where all fail, the caller
     gets what the first attempt came to. A failure does not start the next attempt: that is Retry's, which stands around
     this. Each attempt runs in a task of its own with a copy of the caller's context variables.
@@ -46,6 +51,8 @@ class Hedge:
         budget: what further attempts are taken out of, shared with the Retry towards the same destination, which counts
             the calls. (Without one, `Retry(attempts=1, budget=…)` around this does.) Where it is empty, the call goes on
             with the attempts that there are.
+        discard: disposes of what an attempt that lost has got: a plain or an async function of it. What an edge leads,
+            the edge disposes of.
         clock: where the time comes from.
 
     Raises:
@@ -56,6 +63,7 @@ class Hedge:
     _: KW_ONLY
     attempts: int = 2
     budget: RetryBudget | None = None
+    discard: Callable[[Any], Any] | None = None
     clock: Clock = SYSTEM_CLOCK
 
     def __post_init__(self) -> None:
@@ -71,6 +79,9 @@ class Hedge:
             )
         if not isinstance(cast("object", self.budget), RetryBudget | None):
             raise ConfigurationError(f"budget is a RetryBudget, not {self.budget!r}.")
+        if self.discard is not None and not callable(cast("object", self.discard)):
+            raise ConfigurationError(f"discard is a function of the result, not {self.discard!r}.")
+        check_clock(self.clock)
 
     def describe(self) -> dict[str, object]:
         return {"kind": "hedge", "delay": self.delay, "attempts": self.attempts}
@@ -243,7 +254,7 @@ class _Race(Generic[T]):
                 await self._wait(until)
         for attempt in others:
             if attempt.task.done():
-                await _drop(attempt)
+                await self._drop(attempt)
             else:
                 # It does not heed its cancellation; the caller has an answer, and waits for nobody.
                 self._leave(attempt)
@@ -252,7 +263,7 @@ class _Race(Generic[T]):
         """Have an attempt end without us."""
         _stubborn.add(attempt.task)
         attempt.task.add_done_callback(_stubborn.discard)
-        attempt.task.add_done_callback(lambda _: _keep(_drop(attempt)))
+        attempt.task.add_done_callback(lambda _: _keep(self._drop(attempt)))
         attempt.task.cancel()
 
     def _leave_all(self) -> None:
@@ -275,21 +286,33 @@ class _Race(Generic[T]):
         for attempt in self._attempts:
             # Cancelled once more, it goes on with the others: what is raised in the end is a cancellation anyway.
             with contextlib.suppress(asyncio.CancelledError):
-                await _drop(attempt)
+                await self._drop(attempt)
 
+    async def _drop(self, attempt: _Attempt[T]) -> None:
+        """Dispose of what an attempt has come to, and end it."""
+        if attempt.dropped:
+            return
+        attempt.dropped = True
+        # What nobody has looked at was cancelled, or has come too late.
+        late = attempt.outcome or _outcome_of(attempt.task)
+        outcome = attempt.outcome or Outcome(error=asyncio.CancelledError())
+        try:
+            await self._dispose(attempt.call, late)
+        finally:
+            attempt.call.end(outcome)
 
-async def _drop(attempt: _Attempt[Any]) -> None:
-    """Dispose of what an attempt has come to, and end it."""
-    if attempt.dropped:
-        return
-    attempt.dropped = True
-    # What nobody has looked at was cancelled, or has come too late.
-    late = attempt.outcome or _outcome_of(attempt.task)
-    outcome = attempt.outcome or Outcome(error=asyncio.CancelledError())
-    try:
-        await attempt.call.dispose(late)
-    finally:
-        attempt.call.end(outcome)
+    async def _dispose(self, call: Call, outcome: Outcome) -> None:
+        """By the edge's own way; by the user's where no edge leads the call."""
+        discard = self._hedge.discard
+        if call.discard is not None or discard is None or outcome.error is not None:
+            await call.dispose(outcome)
+            return
+        try:
+            done = discard(outcome.result)
+            if inspect.isawaitable(done):
+                await done
+        except Exception:
+            _log.warning("a discarded result of call %r could not be disposed of", call.name, exc_info=True)
 
 
 def _outcome_of(task: asyncio.Task[Any]) -> Outcome:
