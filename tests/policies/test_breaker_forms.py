@@ -23,6 +23,8 @@ from meshkit import (
 from meshkit.core.call import Call, Judgement, Outcome
 from meshkit.core.scope import scope_open
 
+BOOLS = ("shadow", "heed_retry_after", "half_open_by_timer")
+
 
 def make(clock, **options):
     return CircuitBreaker("payments", **{"min_calls": 4, "window": 10, "open_for": 10.0, "clock": clock, **options})
@@ -596,7 +598,10 @@ def test_a_rejection_of_a_guarded_function_is_the_same_error(clock):
             "open_backoff is how many times as long each further opening lasts, so 1 or above, not 0.9.",
         ),
         ({"open_backoff": float("inf")}, "open_backoff is how many times"),
-        ({"open_at_most": 9.9}, "open_at_most bounds open_for (10.0 s), so it is not below that, and 9.9 is."),
+        (
+            {"open_at_most": 9.9},
+            "open_at_most bounds open_for (10.0 s), so it is a length of time from that on, not 9.9.",
+        ),
         ({"open_at_most": float("inf")}, "open_at_most bounds open_for"),
         ({"probes": 0}, "probes is how many calls decide in half-open, so a whole number from 1 on, not 0."),
         ({"probes": 1.5}, "probes is how many"),
@@ -612,13 +617,17 @@ def test_a_rejection_of_a_guarded_function_is_the_same_error(clock):
         ({"ignore": KeyError("x")}, "ignore lists exception classes"),
         ({"failed": True}, "failed is a function of the outcome, not True."),
         *(
-            ({name: wrong}, f"not {wrong}.")
+            ({name: wrong}, f"not {wrong!r}.")
             for name in ("failure_rate", "open_for", "open_backoff", "probe_for", "slow_after", "probes", "min_calls")
             for wrong in ("5", [])
         ),
         *(({name: None}, "not None.") for name in ("failure_rate", "open_for", "open_backoff", "probe_for", "probes")),
-        ({"open_at_most": "20"}, "and 20 is."),
-        ({"window": None, "window_for": "60"}, "in seconds above 0, not 60."),
+        ({"open_at_most": "20"}, "from that on, not '20'."),
+        ({"window": None, "window_for": "60"}, "in seconds above 0, not '60'."),
+        *(({name: wrong}, f"{name} is True or False, not {wrong!r}.") for name in BOOLS for wrong in ("no", 1, None)),
+        ({"failure_rate": True}, "not True."),
+        ({"listeners": 3}, "listeners are objects of classes made from pybreaker.CircuitBreakerListener, not 3."),
+        ({"listeners": [pybreaker.CircuitBreakerListener]}, "listeners are objects of classes"),
     ],
     ids=str,
 )
@@ -696,3 +705,24 @@ def refused(breaker):
     with pytest.raises(CircuitOpenError) as caught:
         breaker.calling().__enter__()
     return caught.value
+
+
+@pytest.mark.parametrize("name", ["", None, 3, lambda: None], ids=["empty", "none", "number", "function"])
+def test_a_breaker_has_a_name(name):
+    """A breaker without the name of what it guards is refused; so is the class itself as a decorator."""
+    with pytest.raises(ConfigurationError, match="begins with the name of what it guards"):
+        CircuitBreaker(name)
+
+
+def test_a_clock_is_asked_for_the_time():
+    """What tells no time is refused."""
+    with pytest.raises(ConfigurationError, match="clock is where the time comes from"):
+        CircuitBreaker("payments", clock=None)
+
+
+def test_shadow_is_switched_by_a_truth_value_only(clock):
+    """A word that means no, and would be true, is refused."""
+    breaker = make(clock)
+    with pytest.raises(ConfigurationError, match="shadow is True or False, not 'no'"):
+        breaker.shadow = "no"
+    assert breaker.shadow is False

@@ -94,22 +94,19 @@ class Model:
     def place(self):
         return self.running < self.options["concurrent_probes"] and self.running + self.passed < self.options["probes"]
 
-    def probes_are_late(self):
-        return self.now - self.last_probe >= self.options["probe_for"]
-
     # -- what happens
 
     def new_period(self):
         self.period += 1
         self.running = self.passed = 0
 
-    def enter(self, state):
+    def enter(self, state, since=None):
         old, self.state, self.core = self.state, state, state
         self.new_period()
         length = None
         if state == "open":
-            length = self.next_length
-            self.until = self.now + length
+            self.until = (self.now if since is None else since) + self.next_length
+            length = max(0.0, self.until - self.now)
         else:
             self.next_length = self.options["open_for"]
         if state == "closed":
@@ -119,19 +116,23 @@ class Model:
             self.changes.append((old, state, length))
 
     def look(self):
-        """See what was done to the core by hand."""
+        """See what was done to the core by hand, and that the time of probes is over."""
         if self.core != self.state:
             self.enter(self.core)
+        if self.state == "half_open" and self.mode is None and not self.place():
+            over = self.last_probe + self.options["probe_for"]
+            if self.now >= over:
+                self.open_again(None, since=over)
 
-    def open(self, asked):
+    def open(self, asked, since=None):
         self.next_length = self.grown
         if asked and self.options["heed_retry_after"]:
             self.next_length = max(self.grown, min(asked, self.options["open_at_most"]))
-        self.enter("open")
+        self.enter("open", since)
 
-    def open_again(self, asked):
+    def open_again(self, asked, since=None):
         self.grown = min(self.grown * self.options["open_backoff"], self.options["open_at_most"])
-        self.open(asked)
+        self.open(asked, since)
 
     def begin(self):
         """The call that is let through, with the period in which it counts; or why it is not."""
@@ -141,8 +142,6 @@ class Model:
         if self.mode is None:
             if self.state == "open" and self.now >= self.until:
                 self.enter("half_open")
-            elif self.state == "half_open" and not self.place() and self.probes_are_late():
-                self.open_again(None)
             if self.state == "closed" or (self.state == "half_open" and self.place()):
                 if self.state == "half_open":
                     self.running += 1

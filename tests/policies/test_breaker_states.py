@@ -527,8 +527,8 @@ async def test_cancelled_calls_do_not_open_it(clock, caller):
 
 
 async def test_a_probe_that_hangs_opens_it_again(clock, caller, changes):
-    """With no decision after `probe_for`, the next caller finds it open, for a wait that has grown, and the late success
-    of that probe closes nothing, as Resilience4j's
+    """With no decision after `probe_for` it is open, for a wait that has grown, and the late success of that probe closes
+    nothing, as Resilience4j's
     `circuitBreakerTransitionsToOpenAfterWaitDurationInHalfOpenState`."""
     breaker = await half_opened(clock, caller, probe_for=30.0, open_backoff=3.0)
     hanging = await caller.begin(breaker)
@@ -540,6 +540,30 @@ async def test_a_probe_that_hangs_opens_it_again(clock, caller, changes):
     await hanging.end("ok")
     assert "open" == breaker.state
     assert [("closed", "open"), ("open", "half_open"), ("half_open", "open")] == path(changes)
+
+
+async def test_probes_that_hang_while_nobody_calls_open_it_from_that_moment_on(clock, caller, changes):
+    """With no caller either, it has been open since `probe_for` was over: whoever looks then sees how long it still is,
+    and whoever calls after that time is a probe."""
+    breaker = await half_opened(clock, caller, probe_for=30.0, open_backoff=3.0)
+    hanging = await caller.begin(breaker)
+    await clock.advance(40)
+    assert ("open", 20.0) == (breaker.state, breaker.retry_after)
+    assert ("half_open", "open", 20.0) == (changes[-1].old, changes[-1].new, changes[-1].retry_after)
+    await clock.advance(3600)
+    assert ("half_open", 0.0) == (breaker.snapshot().state, breaker.snapshot().retry_after)
+    await (await caller.begin(breaker)).end("ok")
+    await hanging.end("ok", ConnectionError("late"))
+    assert ("closed", 0) == (breaker.state, breaker.snapshot().calls)
+
+
+async def test_a_result_that_comes_when_the_time_of_its_probe_is_over_decides_nothing(clock, caller):
+    """Nobody has looked in between, and still the success of a probe that took longer than `probe_for` closes nothing."""
+    breaker = await half_opened(clock, caller, probe_for=30.0)
+    slow = await caller.begin(breaker)
+    await clock.advance(30.5)
+    await slow.end("ok")
+    assert ("open", 9.5) == (breaker.state, breaker.retry_after)
 
 
 async def test_probe_for_is_counted_from_the_last_probe(clock, caller):

@@ -262,7 +262,7 @@ class CircuitBreaker:
         probes: so many probes must succeed to close it.
         concurrent_probes: so many of them may run at once; all where left out.
         probe_for: seconds that probes may take. Where they have decided nothing by then (one hangs, or whoever made the
-            call never ended it), the next caller finds the circuit open again. More than a good call takes.
+            call never ended it), the circuit has been open again since that moment. More than a good call takes.
         half_open_by_timer: become half-open when the time is over, not only when somebody calls. Needs an event loop
             that runs where the breaker opens; without one the next caller does it.
         failed: the rule for what is a failure: given the `Outcome`, `True`, `False`, or `None` for "counts as
@@ -306,6 +306,11 @@ class CircuitBreaker:
         listeners: Iterable[pybreaker.CircuitBreakerListener] = (),
         clock: Clock = SYSTEM_CLOCK,
     ) -> None:
+        if not isinstance(cast("object", name), str) or not name:
+            raise ConfigurationError(
+                f"a circuit breaker begins with the name of what it guards, and {name!r} is none.",
+                'CircuitBreaker("prices") is one, and a decorator.',
+            )
         _check_share("failure_rate", failure_rate)
         _check_share("slow_rate", slow_rate)
         if window is not None and window_for is not None:
@@ -317,7 +322,7 @@ class CircuitBreaker:
             _check_whole("window", "how many calls are judged", window)
             if not (isinstance(min_calls, int) and 1 <= min_calls <= window):
                 raise ConfigurationError(
-                    f"min_calls is how many calls of the window are needed, so 1 to {window}, not {min_calls}."
+                    f"min_calls is how many calls of the window are needed, so 1 to {window}, not {min_calls!r}."
                 )
         else:
             _check_seconds("window_for", "how far back calls are judged", window_for)
@@ -329,23 +334,24 @@ class CircuitBreaker:
         _check_seconds("open_for", "how long the breaker stays open", open_for)
         if not (isinstance(open_backoff, int | float) and 1 <= open_backoff < math.inf):
             raise ConfigurationError(
-                f"open_backoff is how many times as long each further opening lasts, so 1 or above, not {open_backoff}."
+                f"open_backoff is how many times as long each further opening lasts, so 1 or above, not {open_backoff!r}."
             )
         if open_at_most is None:
             open_at_most = max(_OPEN_AT_MOST, open_for)
         elif not (isinstance(open_at_most, int | float) and open_for <= open_at_most < math.inf):
             raise ConfigurationError(
-                f"open_at_most bounds open_for ({open_for} s), so it is not below that, and {open_at_most} is."
+                f"open_at_most bounds open_for ({open_for} s), so it is a length of time from that on, "
+                f"not {open_at_most!r}."
             )
         _check_whole("probes", "how many calls decide in half-open", probes)
         if concurrent_probes is None:
             concurrent_probes = probes
         elif not (isinstance(concurrent_probes, int) and 1 <= concurrent_probes <= probes):
             raise ConfigurationError(
-                f"concurrent_probes is how many of the probes run at once, so 1 to {probes}, not {concurrent_probes}."
+                f"concurrent_probes is how many of the probes run at once, so 1 to {probes}, not {concurrent_probes!r}."
             )
         if not (isinstance(probe_for, int | float) and probe_for > 0):
-            raise ConfigurationError(f"probe_for is how long probes may take, so above 0, not {probe_for}.")
+            raise ConfigurationError(f"probe_for is how long probes may take, so above 0, not {probe_for!r}.")
         ignored = ignore if isinstance(ignore, tuple) else (ignore,)
         for wanted in ignored:
             if not (isinstance(wanted, type) and issubclass(wanted, Exception)):
@@ -355,6 +361,19 @@ class CircuitBreaker:
                 )
         if failed is not None and not callable(failed):
             raise ConfigurationError(f"failed is a function of the outcome, not {failed!r}.")
+        # "no" would be true.
+        _check_bool("heed_retry_after", heed_retry_after)
+        _check_bool("half_open_by_timer", half_open_by_timer)
+        _check_bool("shadow", shadow)
+        listeners = tuple(listeners) if isinstance(listeners, Iterable) else (listeners,)
+        for listener in listeners:
+            if not isinstance(listener, pybreaker.CircuitBreakerListener):
+                raise ConfigurationError(
+                    f"listeners are objects of classes made from pybreaker.CircuitBreakerListener, not {listener!r}.",
+                    "meshkit.listen(function, kind=CircuitChanged) takes any function.",
+                )
+        if not callable(getattr(clock, "now", None)):
+            raise ConfigurationError(f"clock is where the time comes from (see meshkit.Clock), not {clock!r}.")
         self.name = name
         self.failure_rate = failure_rate
         self.min_calls = min_calls
@@ -373,7 +392,7 @@ class CircuitBreaker:
         self._failed = failed
         self._ignored = ignored
         self._shadow = shadow
-        self._listeners = tuple(listeners)
+        self._listeners = listeners
         self._clock = clock
         # Re-entrant, because what runs under it may come back: a listener that was added to `core` itself, a signal
         # handler, a destructor that the collector calls.
@@ -392,6 +411,8 @@ class CircuitBreaker:
         self._opens_at = 0.0
         self._length = open_for
         self._grown = open_for
+        # From when an opening counts, where that is not the moment at which it is noticed.
+        self._since: float | None = None
         self._probed_at = 0.0
         self._probing = 0
         self._passed = 0
@@ -452,6 +473,7 @@ class CircuitBreaker:
 
     @shadow.setter
     def shadow(self, on: bool) -> None:
+        _check_bool("shadow", on)
         with self._lock:
             self._shadow = on
             self._publish()
@@ -802,8 +824,6 @@ class CircuitBreaker:
         now = self._clock.now()
         if self._state == "open" and now >= self._opens_at:
             self._go("half_open", events)
-        elif self._state == "half_open" and not self._has_place() and now - self._probed_at >= self.probe_for:
-            self._reopen(None, events)
         if self._state == "open" or (self._state == "half_open" and not self._has_place()):
             return _UNJUDGED, self._state, self._wait()
         if self._state == "half_open":
@@ -861,17 +881,23 @@ class CircuitBreaker:
             return self._grown
         return max(self._grown, min(after, self.open_at_most))
 
-    def _reopen(self, after: float | None, events: list[CircuitChanged]) -> None:
+    def _reopen(self, after: float | None, events: list[CircuitChanged], *, since: float | None = None) -> None:
         # Step by step: a power of it may be more than a float holds.
         self._grown = min(self._grown * self.open_backoff, self.open_at_most)
         self._length = self._lasting(after)
+        self._since = since
         self._go("open", events)
 
     def _follow(self, events: list[CircuitChanged]) -> None:
-        """Take over what somebody did to the pybreaker object by hand."""
+        """Take over what has happened while nobody looked: what somebody did to the pybreaker object by hand, and
+        probes whose time is over."""
         state = _STATES[self._core_state]
         if state != self._state:
             self._entered(state, events)
+        if self._state == "half_open" and self._mode is None and not self._has_place():
+            over = self._probed_at + self.probe_for
+            if self._clock.now() >= over:
+                self._reopen(None, events, since=over)
 
     def _go(self, to: CircuitState, events: list[CircuitChanged]) -> None:
         try:
@@ -893,14 +919,15 @@ class CircuitBreaker:
         totals = self._totals()
         length: float | None = None
         if state == "open":
-            length = self._length
-            self._opens_at = self._clock.now() + length
+            now = self._clock.now()
+            self._opens_at = (now if self._since is None else self._since) + self._length
+            length = max(0.0, self._opens_at - now)
             self._arm()
         elif state == "closed":
             self._window.clear()
             self._grown = self.open_for
         # For whoever opens `core` by hand the next time.
-        self._length = self.open_for
+        self._length, self._since = self.open_for, None
         self._publish()
         if self._mode is not None:
             # Isolated or disabled it stays, whatever somebody does to `core`.
@@ -1028,15 +1055,20 @@ _NOTHING: Final = Outcome()
 
 
 def _check_share(name: str, value: float) -> None:
-    if not (isinstance(value, int | float) and 0 < value <= 1):
-        raise ConfigurationError(f"{name} is a share of calls, above 0 up to 1, not {value}.")
+    if not (isinstance(value, int | float) and not isinstance(value, bool) and 0 < value <= 1):
+        raise ConfigurationError(f"{name} is a share of calls, above 0 up to 1, not {value!r}.")
 
 
 def _check_seconds(name: str, what: str, value: float) -> None:
-    if not (isinstance(value, int | float) and 0 < value < math.inf):
-        raise ConfigurationError(f"{name} is {what}, in seconds above 0, not {value}.")
+    if not (isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < math.inf):
+        raise ConfigurationError(f"{name} is {what}, in seconds above 0, not {value!r}.")
 
 
 def _check_whole(name: str, what: str, value: int) -> None:
-    if not (isinstance(value, int) and value >= 1):
-        raise ConfigurationError(f"{name} is {what}, so a whole number from 1 on, not {value}.")
+    if not (isinstance(value, int) and not isinstance(value, bool) and value >= 1):
+        raise ConfigurationError(f"{name} is {what}, so a whole number from 1 on, not {value!r}.")
+
+
+def _check_bool(name: str, value: object) -> None:
+    if not isinstance(value, bool):
+        raise ConfigurationError(f"{name} is True or False, not {value!r}.")
