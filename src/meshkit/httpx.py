@@ -411,6 +411,8 @@ def _make(
     for value, what in ((timeout, "timeout"), (attempt_timeout, "attempt_timeout")):
         if value is not None and not value > 0:
             raise ConfigurationError(f"{what} is how long a call may take in seconds, so above 0, not {value}.")
+    if not isinstance(cast("object", pipeline), Pipeline | None):
+        raise ConfigurationError(f'pipeline is a Pipeline("{name}", policy, …), not {pipeline!r}.')
     if pipeline is not None and (
         retry is not STANDARD_RETRY
         or budget != "per-host"
@@ -432,6 +434,14 @@ def _make(
         retry = Retry(clock=clock)
     if fallback is not None and not isinstance(fallback, Fallback):
         fallback = Fallback(answer=fallback, name=name)
+    of_pipeline = () if pipeline is None else pipeline.explain().steps
+    if (fallback is not None and fallback.last_good is not None) or any(
+        step.kind == "fallback" and step.settings.get("last_good") is not None for step in of_pipeline
+    ):
+        raise ConfigurationError(
+            "last_good= keeps what a function has answered, and a response can be read once, so none can be kept.",
+            "Put the Fallback around the function that reads it.",
+        )
     routes = _Routes(family, connection) if inner is None else None
 
     outer: list[Policy] = [] if fallback is None else [fallback]

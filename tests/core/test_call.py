@@ -3,7 +3,7 @@ import inspect
 
 import pytest
 
-from meshkit import Call, ConfigurationError, Outcome, Pipeline, Retry, current_attempt
+from meshkit import Call, CircuitBreaker, ConfigurationError, Outcome, Pipeline, Retry, Timeout, current_attempt
 
 
 class Note:
@@ -90,6 +90,40 @@ async def test_a_decorated_function_keeps_its_face():
 
     with pytest.raises(ConfigurationError, match="is a generator"):
         Pipeline("prices")(items)
+
+
+@pytest.mark.parametrize("name", ["", None, 3])
+def test_a_pipeline_has_a_name(name):
+    """An empty one would be a series and log lines that say nothing."""
+    with pytest.raises(ConfigurationError, match="a pipeline begins with the name of what it calls, and"):
+        Pipeline(name)
+
+
+@pytest.mark.parametrize("make", [lambda: Pipeline("prices", Timeout(1)), lambda: CircuitBreaker("prices")])
+async def test_only_a_function_is_decorated(make):
+    """A thing that cannot be called is no function, whatever the policies; a call that was made already is none either."""
+    with pytest.raises(ConfigurationError, match="a pipeline guards a function, and 3 is none"):
+        make()(3)
+    made = _nothing()
+    with pytest.raises(ConfigurationError, match=r"a call of one that was made already.*Give the function itself"):
+        make()(made)
+    await made
+
+
+@pytest.mark.parametrize("kind", [staticmethod, classmethod])
+def test_a_method_is_decorated_beneath_staticmethod_and_classmethod(kind):
+    """The wrong order is refused when the class is made, with the right one; the right one works."""
+
+    async def price(*_):
+        return 3
+
+    with pytest.raises(ConfigurationError, match=f"Put @{kind.__name__} outermost"):
+        Pipeline("prices")(kind(price))
+
+    class Prices:
+        of = kind(Pipeline("prices")(price))
+
+    assert 3 == asyncio.run(Prices.of())
 
 
 def test_an_ender_that_is_cancelled_keeps_no_other_from_its_end():

@@ -12,7 +12,16 @@ import pytest
 import tenacity
 
 import meshkit.httpx
-from meshkit import CircuitBreaker, CircuitOpenError, ConfigurationError, Pipeline, Retry
+from meshkit import (
+    CircuitBreaker,
+    CircuitOpenError,
+    ConfigurationError,
+    Fallback,
+    LastGood,
+    Pipeline,
+    Retry,
+    Timeout,
+)
 from meshkit.httpx import MOST_HOSTS, redacted
 from meshkit.policies.circuit_breaker import breakers
 from meshkit.testing.clock import ManualClock
@@ -73,6 +82,9 @@ async def test_closing_the_client_closes_the_inner_transport(library: Any) -> No
         ({"timeout": 0}, "above 0"),
         ({"attempt_timeout": -1}, "above 0"),
         ({"pipeline": Pipeline("p"), "retry": None}, "takes the place"),
+        ({"pipeline": Timeout(1)}, "pipeline is a Pipeline"),
+        ({"fallback": Fallback(last_good=LastGood(key=None))}, "Put the Fallback around the function that reads it"),
+        ({"pipeline": Pipeline("p", Fallback(last_good=LastGood(key=None)))}, "a response can be read once"),
         ({"library": "requests"}, "httpx2"),
     ],
 )

@@ -493,6 +493,8 @@ def test_a_wait_without_end_is_described_as_such():
         {"limit": 1, "queue": 1, "wait": "1s"},
         {"name": "", "limit": 1},
         {"name": 5, "limit": 1},
+        {"limit": 1, "clock": 3},
+        {"limit": 1, "clock": None},
     ],
     ids=str,
 )

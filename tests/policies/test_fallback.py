@@ -1,4 +1,5 @@
 import asyncio
+import functools
 import gc
 import weakref
 
@@ -17,7 +18,7 @@ from meshkit import (
     Timeout,
     listen,
 )
-from meshkit.core.call import Call, Judgement
+from meshkit.core.call import Call, Judgement, Outcome
 from meshkit.core.events import FallbackUsed, error_type
 from meshkit.core.scope import scope_open
 
@@ -159,13 +160,49 @@ async def test_an_attempt_that_is_answered_has_failed_even_if_its_result_cannot_
 
 @pytest.mark.parametrize(
     "wrong",
-    [{"name": "a,b"}, {"name": "a\r\nx: y"}, {"name": "préis"}, {"name": ""}, {"on": asyncio.CancelledError}],
+    [
+        {"name": "a,b"},
+        {"name": "a;b"},
+        {"name": "a\r\nx: y"},
+        {"name": "préis"},
+        {"name": ""},
+        {"name": 3},
+        {"on": asyncio.CancelledError},
+        {"on": ()},
+        {"last_good": 3},
+    ],
     ids=str,
 )
 def test_wrong_options_are_refused(wrong):
     """A name that no header can hold, or a class that is never answered, is refused when the policy is made."""
     with pytest.raises(ConfigurationError):
         Fallback(answer=7, **wrong)
+
+
+@pytest.mark.parametrize(
+    ("answer", "why"),
+    [
+        (lambda: 1, "takes 0|too many"),
+        (lambda outcome, user: 1, "missing a required argument: 'user'"),
+        (lambda *, outcome: 1, "too many"),
+        (Outcome.__repr__.__get__(Outcome()), "too many"),
+    ],
+    ids=["nothing", "two", "keyword", "method"],
+)
+def test_an_answer_that_takes_no_outcome_is_refused(answer, why):
+    """It would otherwise fail when it is needed for the first time: in the outage."""
+    with pytest.raises(ConfigurationError, match=rf"called with the Outcome that failed, .* ({why})"):
+        Fallback(answer=answer)
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [lambda outcome: 1, lambda *_: 1, lambda outcome, more=2: 1, functools.partial(max, 1), dict, str, OSError, len],
+    ids=repr,
+)
+def test_an_answer_that_may_take_an_outcome_is_taken(answer):
+    """With further arguments that have a default, and where nobody can say: a function of C's, a class."""
+    assert answer is Fallback(answer=answer).answer
 
 
 async def test_retries_that_were_used_up_earlier_are_not_this_calls(clock):
@@ -522,7 +559,9 @@ def test_something_to_answer_with_is_needed():
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"key": "user"}, {"max_age": 0}, {"max_age": "1h"}, {"most": 0}, {"most": 1.5}], ids=str
+    "wrong",
+    [{"key": "user"}, {"max_age": 0}, {"max_age": "1h"}, {"most": 0}, {"most": 1.5}, {"denied": "yes"}, {"clock": 3}],
+    ids=str,
 )
 def test_wrong_options_of_last_good_are_refused(wrong):
     """Each value that cannot work is refused when it is made."""
@@ -532,7 +571,9 @@ def test_wrong_options_of_last_good_are_refused(wrong):
 
 def test_it_describes_itself():
     """For explain and the linter: which errors it answers."""
-    assert {"kind": "fallback", "name": "cached", "on": []} == Fallback(answer=1, name="cached").describe()
+    described = {"kind": "fallback", "name": "cached", "on": [], "last_good": None}
+    assert described == Fallback(answer=1, name="cached").describe()
+    assert 60.0 == Fallback(last_good=LastGood(key=None, max_age=60.0)).describe()["last_good"]
     assert ["OSError", "KeyError"] == Fallback(answer=1, on=(OSError, KeyError)).describe()["on"]
 
 

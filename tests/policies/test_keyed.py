@@ -331,9 +331,14 @@ def test_wrong_values_say_what_would_be_right():
         ({"key": key, "most": 1.5}, "1 or above, not 1.5"),
         ({"key": key, "open_fro": 3}, "open_fro is no option of a circuit breaker. There are concurrent_probes"),
         ({"key": key, "open_for": -1}, "open_for is how long"),
+        ({"key": key, "named": 3}, "named is a function of a key"),
+        ({"key": key, "clock": 3}, "clock is where the time comes from, and 3 is none"),
     ):
         with pytest.raises(ConfigurationError, match=words):
             CircuitBreakers("x", **options)
+    for name in ("", 3, None):
+        with pytest.raises(ConfigurationError, match="begins with the name of what it calls"):
+            CircuitBreakers(name, key=key)
     family = CircuitBreakers("x", key=key)
     with pytest.raises(ConfigurationError, match="must be hashable, and \\[1\\]"):
         family.get([1])

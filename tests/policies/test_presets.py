@@ -128,3 +128,12 @@ def test_what_cannot_work_is_refused(options, says):
     with pytest.raises(ConfigurationError) as caught:
         standard("users", **options)
     assert says in str(caught.value)
+
+
+@pytest.mark.parametrize("preset", [standard, messaging])
+def test_a_name_or_clock_that_is_none_is_refused_as_the_pipelines_own(preset):
+    """The error speaks of what was asked for, and not of a part that the preset would have made."""
+    with pytest.raises(ConfigurationError, match="a pipeline begins with the name of what it calls, and '' is none"):
+        preset("")
+    with pytest.raises(ConfigurationError, match="clock is where the time comes from, and 3 is none"):
+        preset("prices", clock=3)

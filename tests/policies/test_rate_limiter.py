@@ -328,6 +328,8 @@ def test_what_a_scrape_reads(clock):
         {"permits": 1, "wait": -1},
         {"permits": 1, "wait": float("inf")},
         {"name": "", "permits": 1},
+        {"permits": 1, "clock": 3},
+        {"permits": 1, "clock": None},
     ],
     ids=str,
 )

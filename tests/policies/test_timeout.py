@@ -135,7 +135,15 @@ async def test_asyncio_timeout_around_it_still_works(clock):
 
 @pytest.mark.parametrize(
     "wrong",
-    [{}, {"seconds": 1, "total": 2}, {"seconds": 0}, {"total": -1}, {"seconds": "5"}, {"total": float("nan")}],
+    [
+        {},
+        {"seconds": 1, "total": 2},
+        {"seconds": 0},
+        {"total": -1},
+        {"seconds": "5"},
+        {"total": float("nan")},
+        {"seconds": 1, "clock": 3},
+    ],
     ids=str,
 )
 def test_wrong_options_are_refused(wrong):

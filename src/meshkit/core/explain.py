@@ -11,7 +11,7 @@ is read of each kind:
 | bulkhead        | `limit`, `wait`                                                                                  |
 | rate_limiter    | `wait`                                                                                           |
 | circuit_breaker | `name`, `slow_after`, `open_for`, `open_at_most`                                                 |
-| fallback        | `on` (names of error classes; empty: all)                                                        |
+| fallback        | `on` (names of error classes; empty: all); by meshkit.httpx also `last_good` (`None`: keeps nothing) |
 | pipeline        | `name`, `policies`, `allow`                                                                      |
 | any other       | `attempts`, where it calls more than once                                                        |
 

@@ -57,6 +57,40 @@ def _last_sync(call: Call) -> Any:
     return result
 
 
+def check_name(name: object, what: str) -> None:
+    """Make sure that whatever calls something says what: no metric or log line is of use without.
+
+    Raises:
+        ConfigurationError: `name` is no text, or an empty one.
+    """
+    if not isinstance(name, str) or not name:
+        raise ConfigurationError(
+            f"{what} begins with the name of what it calls, and {name!r} is none.", 'Name the service: "user-service".'
+        )
+
+
+def _check_function(fn: object) -> None:
+    """Make sure that `fn` is a function.
+
+    Raises:
+        ConfigurationError: it is something else.
+    """
+    if isinstance(fn, staticmethod | classmethod):
+        kind = type(cast("object", fn)).__name__
+        raise ConfigurationError(
+            f"{fn!r} is what @{kind} makes of a function, and a pipeline guards the function itself.",
+            f"Put @{kind} outermost, above the pipeline.",
+        )
+    if callable(fn):
+        return
+    if inspect.isawaitable(fn):
+        raise ConfigurationError(
+            f"a pipeline guards a function, and {fn!r} is a call of one that was made already.",
+            "Give the function itself: pipeline(fn), or await pipeline.call(fn, argument, …).",
+        )
+    raise ConfigurationError(f"a pipeline guards a function, and {fn!r} is none.")
+
+
 class Pipeline:
     """Policies in order, outermost first. Itself a policy, a decorator, and something to call.
 
@@ -74,8 +108,7 @@ class Pipeline:
     __slots__ = ("__weakref__", "_lead", "allow", "name", "policies")
 
     def __init__(self, name: str, *policies: Policy, allow: Mapping[str, str] = _NOTHING) -> None:
-        if not isinstance(cast("object", name), str):
-            raise ConfigurationError(f"a pipeline begins with the name of what it calls, and {name!r} is none.")
+        check_name(name, "a pipeline")
         for policy in policies:
             # A class has the methods of its objects, so it would pass for one of them.
             if isinstance(policy, type) or not isinstance(policy, Policy):
@@ -206,8 +239,10 @@ class Pipeline:
         repeat or replace a call act only until its first item is handed out.
 
         Raises:
-            ConfigurationError: `fn` is a plain function and a policy is only for coroutines, or it is a generator.
+            ConfigurationError: `fn` is a plain function and a policy is only for coroutines, it is a generator, or it is
+                no function.
         """
+        _check_function(fn)
         # An object with an async `__call__` is a coroutine function in all but name.
         faces = (fn, getattr(fn, "__call__", None))  # noqa: B004 - not asked whether it can be called, but how
         if any(inspect.isgeneratorfunction(face) for face in faces):

@@ -10,7 +10,7 @@ from collections import OrderedDict
 from typing import Literal, TypeVar, cast
 
 from meshkit.core.call import Call, Next, NextSync, Outcome
-from meshkit.core.clock import SYSTEM_CLOCK, Clock
+from meshkit.core.clock import SYSTEM_CLOCK, Clock, check_clock
 from meshkit.core.events import BulkheadRejected, emit
 from meshkit.core.scope import current_scope
 from meshkit.core.trace import TRACING, tracer
@@ -128,6 +128,7 @@ class Bulkhead:
                 f"wait is how many seconds a call stays in the queue, so above 0, not {wait!r}.",
                 "Without a queue (queue=0) no call waits; with wait=None the request's deadline bounds it.",
             )
+        check_clock(clock)
         self.name = name
         self.limit = limit
         self.queue = queue

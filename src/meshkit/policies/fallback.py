@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any, Final, Literal, TypeVar, cast
 
 from meshkit.core.call import Call, Next, NextSync, Outcome
-from meshkit.core.clock import SYSTEM_CLOCK, Clock
+from meshkit.core.clock import SYSTEM_CLOCK, Clock, check_clock
 from meshkit.core.events import FallbackUsed, emit, error_type
 from meshkit.core.scope import current_scope
 from meshkit.core.trace import tracer
@@ -77,6 +77,11 @@ class LastGood:
             raise ConfigurationError(f"max_age is how many seconds an answer may be old, so above 0, not {max_age!r}.")
         if not isinstance(cast("object", most), int) or isinstance(most, bool) or most < 1:
             raise ConfigurationError(f"most is how many answers are kept, so 1, 2, 3 …, not {most!r}.")
+        if not isinstance(cast("object", denied), bool):
+            raise ConfigurationError(
+                f"denied is True or False: whether a refused caller gets the kept answer too, not {denied!r}."
+            )
+        check_clock(clock)
         self.key = key
         self.max_age = max_age
         self.most = most
@@ -180,10 +185,23 @@ class Fallback:
             raise ConfigurationError("a fallback has something to answer with.", "Give answer=, or last_good=.")
         if not isinstance(cast("object", self.last_good), LastGood | None):
             raise ConfigurationError(f"last_good is a LastGood(key=…), not {self.last_good!r}.")
-        printable = self.name.isascii() and self.name.isprintable()
-        if not self.name or not printable or "," in self.name or ";" in self.name:
+        if callable(self.answer):
+            _check_takes_outcome(self.answer)
+        name = cast("object", self.name)
+        if (
+            not isinstance(name, str)
+            or not name.isascii()
+            or not name.isprintable()
+            or not name
+            or set(",;") & set(name)
+        ):
             raise ConfigurationError(
                 f"name goes into a header, so it is plain ASCII without , and ;, not {self.name!r}."
+            )
+        if self.on is not None and not self._classes:
+            raise ConfigurationError(
+                "on lists exception classes, and there is none in it, so nothing would be answered.",
+                "Leave it out to answer any Exception.",
             )
         for wanted in self._classes:
             if not (isinstance(wanted, type) and issubclass(wanted, Exception)):
@@ -193,7 +211,13 @@ class Fallback:
                 )
 
     def describe(self) -> dict[str, object]:
-        return {"kind": "fallback", "name": self.name, "on": [wanted.__name__ for wanted in self._classes]}
+        return {
+            "kind": "fallback",
+            "name": self.name,
+            "on": [wanted.__name__ for wanted in self._classes],
+            # Seconds that an answer may be old; only what can be kept has one.
+            "last_good": None if self.last_good is None else self.last_good.max_age,
+        }
 
     @property
     def _classes(self) -> tuple[type[Exception], ...]:
@@ -343,6 +367,26 @@ class Fallback:
 
     def _failed(self, call: Call, reason: _Reason, outcome: Outcome) -> None:
         emit(FallbackUsed(source=call.name, reason=reason, result="failure", error_type=_type_of(outcome)))
+
+
+def _check_takes_outcome(answer: Callable[..., object]) -> None:
+    """Make sure, where a function can be asked, that it takes the outcome: otherwise the first outage would find out.
+
+    Raises:
+        ConfigurationError: it does not.
+    """
+    try:
+        signature = inspect.signature(answer)
+    except (TypeError, ValueError):
+        # Some of C's do not say.
+        return
+    try:
+        signature.bind(Outcome())
+    except TypeError as error:
+        raise ConfigurationError(
+            f"answer is called with the Outcome that failed, and {answer!r} does not take that: {error}.",
+            "Write answer=lambda outcome: …, or give a value that is no function.",
+        ) from None
 
 
 def _exhausted() -> bool:

@@ -12,11 +12,11 @@ import threading
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
-from typing import Any, Final, Generic, Literal, ParamSpec, TypeVar
+from typing import Any, Final, Generic, Literal, ParamSpec, TypeVar, cast
 
 from meshkit.core.call import NO_WORK, Call, Next, NextSync
-from meshkit.core.clock import SYSTEM_CLOCK, Clock
-from meshkit.core.pipeline import Pipeline
+from meshkit.core.clock import SYSTEM_CLOCK, Clock, check_clock
+from meshkit.core.pipeline import Pipeline, check_name
 from meshkit.errors import ConfigurationError
 from meshkit.policies.circuit_breaker import CircuitBreaker, CircuitOpenError, announce
 
@@ -168,6 +168,7 @@ class CircuitBreakers:
         clock: Clock = SYSTEM_CLOCK,
         **options: Any,
     ) -> None:
+        check_name(name, "a family of circuit breakers")
         if not callable(key):
             raise ConfigurationError(
                 f"key is a function that gets the arguments of the call and returns its key, not {key!r}.",
@@ -175,6 +176,12 @@ class CircuitBreakers:
             )
         if not (isinstance(most, int) and most >= 1):
             raise ConfigurationError(f"most is how many breakers are kept, so 1 or above, not {most}.")
+        if named is not None and not callable(cast("object", named)):
+            raise ConfigurationError(
+                f"named is a function of a key that returns the name of its breaker, not {named!r}.",
+                "Leave it out to give all of them one name.",
+            )
+        check_clock(clock)
         known = set(inspect.signature(CircuitBreaker).parameters) - {"name", "clock"}
         if unknown := sorted(options.keys() - known):
             raise ConfigurationError(

@@ -14,8 +14,8 @@ from types import MappingProxyType
 from typing import Any, Final, Literal
 
 from meshkit.core.call import Policy
-from meshkit.core.clock import SYSTEM_CLOCK, Clock
-from meshkit.core.pipeline import Pipeline
+from meshkit.core.clock import SYSTEM_CLOCK, Clock, check_clock
+from meshkit.core.pipeline import Pipeline, check_name
 from meshkit.errors import ConfigurationError
 from meshkit.policies.bulkhead import Bulkhead
 from meshkit.policies.circuit_breaker import CircuitBreaker
@@ -103,6 +103,8 @@ def standard(
     Raises:
         ConfigurationError: a value that cannot work.
     """
+    check_name(name, "a pipeline")
+    check_clock(clock)
     if retry == "standard":
         retry = Retry(**KEYWORDS["retry"], budget=budget_of(name, clock), clock=clock)
     if bulkhead == "standard":
@@ -165,6 +167,8 @@ def messaging(
     Raises:
         ConfigurationError: a value that cannot work.
     """
+    check_name(name, "a pipeline")
+    check_clock(clock)
     return _made(
         name,
         total,

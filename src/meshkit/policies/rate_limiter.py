@@ -10,7 +10,7 @@ from collections import OrderedDict
 from typing import TypeVar, cast
 
 from meshkit.core.call import Call, Next, NextSync
-from meshkit.core.clock import SYSTEM_CLOCK, Clock, Timer
+from meshkit.core.clock import SYSTEM_CLOCK, Clock, Timer, check_clock
 from meshkit.core.events import RateLimited, emit
 from meshkit.core.scope import current_scope
 from meshkit.core.trace import TRACING, tracer
@@ -123,6 +123,7 @@ class RateLimiter:
                 f"wait is how many seconds a call waits for its permit, so 0 or above, not {wait!r}.",
                 "With wait=None the request's deadline bounds it.",
             )
+        check_clock(clock)
         self.name = name
         self.permits = permits
         self.per = per

@@ -10,7 +10,7 @@ from types import CoroutineType, coroutine
 from typing import Any, Literal, TypeVar, cast
 
 from meshkit.core.call import Call, Next
-from meshkit.core.clock import SYSTEM_CLOCK, Clock, Timer
+from meshkit.core.clock import SYSTEM_CLOCK, Clock, Timer, check_clock
 from meshkit.core.events import TimedOut, emit
 from meshkit.core.scope import Scope, close_scope, current_scope, open_scope
 from meshkit.errors import AttemptTimeoutError, ConfigurationError, DeadlineExceededError
@@ -36,6 +36,7 @@ class Timeout:
         clock: where the time comes from.
 
     Raises:
+        ConfigurationError: a value that cannot work.
         AttemptTimeoutError: `seconds` are over.
         DeadlineExceededError: `total` or the request's deadline is over.
     """
@@ -52,6 +53,7 @@ class Timeout:
         limit = self.seconds if self.seconds is not None else self.total
         if isinstance(limit, bool) or not isinstance(limit, int | float) or not 0 < limit < math.inf:
             raise ConfigurationError(f"a timeout is how long a call may take in seconds, so above 0, not {limit!r}.")
+        check_clock(self.clock)
 
     def describe(self) -> dict[str, object]:
         return {"kind": "timeout", "seconds": self.seconds, "total": self.total}
