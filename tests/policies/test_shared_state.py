@@ -14,10 +14,12 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import httpx
 import pybreaker
 import pytest
 import redis
 
+import meshkit.httpx
 from meshkit import (
     CircuitBreaker,
     CircuitBreakers,
@@ -27,6 +29,7 @@ from meshkit import (
     SharedState,
 )
 from meshkit.core.lifecycle import Lifecycle
+from meshkit.policies.circuit_breaker import breakers
 from meshkit.policies.shared_state import Switch
 from meshkit.redis import BreakerStore
 from meshkit.testing.clock import ManualClock
@@ -70,6 +73,13 @@ async def rejected(guarded: Any, *args: Any) -> bool:
     except CircuitOpenError:
         return True
     return False
+
+
+async def soon(so: Callable[[], bool]) -> None:
+    """Wait for what another thread does, a store's for one."""
+    async with asyncio.timeout(10):
+        while not so():  # noqa: ASYNC110 - no event could tell of it
+            await asyncio.sleep(0.001)
 
 
 # -- one contract, for each kind of storage: as interlock's `test_storage_contract`, but for what decides a call, which
@@ -216,11 +226,24 @@ async def test_whoever_comes_later_finds_it(store: Store, name: str, clock: Manu
     await operator.force_open(name, seconds=600)
     await clock.advance(100)
     guarded = breaker(name, clock)
-    async with SharedState(store.of, clock=clock) as shared:
+    async with SharedState(store.of, clock=clock):
         assert ("open", 500.0) == (guarded.state, guarded.retry_after)
+        await clock.advance(1)
         later = breaker(name, clock)
-        assert await shared.refresh()
-        assert "open" == later.state
+        assert ("open", 499.0) == (later.state, later.retry_after)
+        assert await rejected(later)
+
+
+async def test_a_name_that_is_new_is_asked_about_at_once(store: Store, name: str, clock: ManualClock) -> None:
+    """Where a process makes its first breaker of a name, the switch is looked up without waiting for the next round."""
+    await SharedState(store.of, clock=clock).force_open(name)
+    async with SharedState(store.of, clock=clock):
+        later = breaker(name, clock)
+        assert not await rejected(later)
+        await soon(lambda: later.state == "isolated")
+        assert await rejected(breaker(name, clock))
+        # No time has passed, so no round was due.
+        assert 1000.0 == clock.now()
 
 
 async def test_the_trip_of_another_process_is_never_taken_over(store: Store, name: str, clock: ManualClock) -> None:
@@ -696,18 +719,189 @@ async def test_thousands_of_breakers_hold_up_no_call(name: str, clock: ManualClo
     assert before[0] >= 40
 
 
+# -- what is made while it runs -----------------------------------------------------------------------------------------
+
+
+async def test_a_client_that_begins_to_ask_later_is_switched(name: str, clock: ManualClock) -> None:
+    """An HTTP client, which makes its breaker at its first request, sends nothing to what is forced open."""
+    sent: list[httpx.Request] = []
+
+    def answer(request: httpx.Request) -> httpx.Response:
+        sent.append(request)
+        return httpx.Response(200)
+
+    store = memory()
+    first = breaker(name, clock)
+    async with SharedState(store.of, clock=clock) as shared:
+        await shared.force_open(name, reason="INC-42")
+        async with meshkit.httpx.client(
+            name, base_url="http://prices.test", inner=httpx.MockTransport(answer), retry=None
+        ) as client:
+            with pytest.raises(CircuitOpenError):
+                await client.get("/")
+    assert ("isolated", []) == (first.state, sent)
+
+
+async def test_per_key_breakers_that_are_made_later_are_switched(name: str, clock: ManualClock) -> None:
+    """Per-key breakers of a name that is forced open reject the calls of all keys from the first one on, also of those
+    that have no place, and let all through when it is released."""
+    store = memory()
+    first = breaker(name, clock)
+    async with SharedState(store.of, clock=clock) as shared:
+        for seconds in (None, 60):
+            await shared.force_open(name, seconds=seconds)
+            family = CircuitBreakers(name, key=lambda tenant: tenant, most=2, clock=clock)
+            for tenant in ("a", "b", "c", "a"):
+                assert await rejected(family, tenant)
+            await shared.release(name)
+            for tenant in ("a", "b", "c", "d"):
+                assert not await rejected(family, tenant)
+        assert "closed" == first.state
+
+
+async def test_a_breaker_that_a_thread_makes_is_switched(name: str, clock: ManualClock) -> None:
+    """A breaker made in a thread without an event loop rejects the first call, and its name is asked about where new."""
+    store = memory()
+    operator = SharedState(store.of, clock=clock)
+    await operator.force_open(name)
+    async with SharedState(store.of, clock=clock):
+        (first, second) = [await asyncio.to_thread(breaker, name, clock) for _ in range(2)]
+        await soon(lambda: first.state == "isolated" == second.state)
+        third = await asyncio.to_thread(breaker, name, clock)
+        assert "isolated" == third.state
+
+
+async def test_a_word_that_comes_while_a_breaker_is_made_counts(name: str) -> None:
+    """A release that is heard while another thread does with its new breaker what was said before is done too."""
+    reached, goes_on = threading.Event(), threading.Event()
+
+    class Held(ManualClock):
+        def time(self) -> float:
+            if threading.current_thread().name == "maker":
+                reached.set()
+                goes_on.wait(10)
+            return super().time()
+
+    clock, store, made = Held(hold=True), memory(), []
+    first = breaker(name, clock)
+    async with SharedState(store.of, clock=clock) as shared:
+        await shared.force_open(name)
+        maker = threading.Thread(target=lambda: made.append(breaker(name, clock)), name="maker")
+        maker.start()
+        assert await asyncio.to_thread(reached.wait, 10)
+        await shared.release(name)
+        goes_on.set()
+        await asyncio.to_thread(maker.join)
+        assert ["closed", "closed"] == [first.state, made[0].state]
+
+
+async def test_a_name_that_comes_back_has_its_last_word(name: str, clock: ManualClock) -> None:
+    """Where all breakers of a name are gone and one is made again, it rejects while the switch is on as far as is known;
+    one that was taken back meanwhile is let go at once."""
+    store = memory()
+    operator = SharedState(store.of, clock=clock)
+    async with SharedState(store.of, clock=clock) as shared:
+
+        async def made_again() -> CircuitBreaker:
+            gc.collect()
+            assert name not in {each.name for each in breakers()}
+            assert await shared.refresh()
+            return breaker(name, clock)
+
+        first = breaker(name, clock)
+        await shared.force_open(name)
+        assert "isolated" == first.state
+        del first
+        second = await made_again()
+        assert "isolated" == second.state
+        del second
+        await operator.release(name)
+        third = await made_again()
+        assert "isolated" == third.state
+        await soon(lambda made=third: made.state == "closed")  # type: ignore[misc]
+        await shared.force_open(name, seconds=60)
+        assert "open" == third.state
+        del third
+        await clock.advance(60)
+        assert "closed" == (await made_again()).state
+
+
+async def test_only_what_is_new_is_asked_about(faults: Faults, name: str, clock: ManualClock) -> None:
+    """A new name costs what it takes to ask about it, and one that is known costs nothing before the next round; what is
+    wrong with the store is not taken back because a new name could be read."""
+    asked: list[str] = []
+
+    def of(wanted: str) -> Any:
+        asked.append(wanted)
+        if wanted == f"{name}-bad":
+            raise ConnectionError("wrong type of key")
+        return faults(wanted) if wanted.startswith(name) else None
+
+    old, bad = breaker(f"{name}-old", clock), breaker(f"{name}-bad", clock)
+    async with SharedState(of, clock=clock) as shared:
+        asked.clear()
+        new = breaker(f"{name}-new", clock)
+        await soon(lambda: f"{name}-new:switch" in asked)
+        assert [f"{name}-new", f"{name}-new:switch"] == asked
+        again = [breaker(each, clock) for each in (new.name, old.name)]
+        for _ in range(10):
+            await asyncio.sleep(0.001)
+        assert 2 == len(asked)
+        assert "wrong type of key" in shared.checks()[0].detail
+    assert ["closed"] * 4 == [each.state for each in (bad, new, *again)]
+
+
+async def test_a_store_that_hangs_holds_up_no_new_breaker(faults: Faults, name: str, clock: ManualClock) -> None:
+    """While the store does not answer, breakers are made and call as always; when it does, they are asked about."""
+    await SharedState(faults, clock=clock).force_open(name)
+    first = breaker(f"{name}-first", clock)
+    async with SharedState(faults, clock=clock):
+        faults.fault = "hangs"
+        known, new = breaker(first.name, clock), breaker(name, clock)
+        assert await asyncio.to_thread(faults.reached.wait, 10)
+        further = breaker(f"{name}-further", clock)
+        for each in (known, new, further):
+            assert not await rejected(each)
+        faults.fault = ""
+        faults.goes_on.set()
+        await soon(lambda: new.state == "isolated")
+        await soon(lambda: faults(further.name).state == "closed" == further.state)
+
+
+async def test_one_that_is_closed_tells_no_breaker(name: str, clock: ManualClock) -> None:
+    """After close, and where exchanges are made by hand only, breakers that are made later are left alone."""
+    store = memory()
+    first = breaker(name, clock)
+    shared = SharedState(store.of, clock=clock)
+    for _ in range(2):
+        await shared.force_open(name)
+        await shared.refresh()
+        assert ("isolated", "closed") == (first.state, breaker(name, clock).state)
+        async with shared:
+            assert "isolated" == breaker(name, clock).state
+        first.reset()
+
+
 # -- when it exchanges ------------------------------------------------------------------------------------------------
 
 
-async def test_it_exchanges_every_so_often_with_jitter(name: str) -> None:
+@pytest.mark.parametrize(("chance", "expected"), [(0.0, 18.0), (0.5, 20.0), (1.0, 22.0)])
+async def test_it_exchanges_every_so_often_with_jitter(
+    faults: Faults, name: str, chance: float, expected: float
+) -> None:
     """Between two exchanges lie `every` seconds, a tenth more or less by chance."""
     guarded = breaker(name, ManualClock())
-    for chance, expected in ((0.0, 18.0), (0.5, 20.0), (1.0, 22.0)):
-        clock = ManualClock(hold=True, chance=chance)
-        store = memory()
-        async with SharedState(store.of, every=20, clock=clock) as shared:
-            await shared.start()
-        assert [expected] == clock.sleeps
+    clock = ManualClock(hold=True, chance=chance)
+    shared = SharedState(lambda wanted: faults(wanted) if wanted.startswith(name) else None, every=20, clock=clock)
+    async with shared:
+        await shared.start()
+        faults.asked.clear()
+        await clock.advance(expected - 0.01)
+        # Nor is anything under way.
+        assert not any(task.get_name() == f"{shared.name}: exchange" for task in asyncio.all_tasks())
+        assert [] == faults.asked
+        await clock.advance(0.02)
+        await soon(lambda: faults.asked != [])
     assert "closed" == guarded.state
 
 
@@ -756,12 +950,26 @@ async def test_a_mapping_shares_what_stands_in_it(name: str, clock: ManualClock)
 
 
 async def test_wrong_values_say_what_would_be_right(name: str) -> None:
-    """A storage object instead of a function, and lengths that are none, are refused."""
-    with pytest.raises(ConfigurationError, match="makes the storage of each breaker from its name"):
-        SharedState(pybreaker.CircuitMemoryStorage("closed"))  # type: ignore[arg-type]
-    for every in (0, -1, float("inf"), float("nan")):
+    """A storage object instead of a function, a mapping of what are no storages or of nothing, what is no clock, and
+    lengths that are none, are refused."""
+
+    async def later(name: str) -> None: ...
+
+    wrong: Any
+    for wrong in (pybreaker.CircuitMemoryStorage("closed"), None, 3, later):
+        with pytest.raises(ConfigurationError, match="makes the storage of each breaker from its name"):
+            SharedState(wrong)
+    for wrong in ({"a": 3}, {"a": None}, {3: pybreaker.CircuitMemoryStorage("closed")}):
+        with pytest.raises(ConfigurationError, match="has a pybreaker storage for each name of a breaker, not "):
+            SharedState(wrong)
+    with pytest.raises(ConfigurationError, match="is empty, so no breaker would be shared"):
+        SharedState({})
+    for wrong in (3, None, time, ManualClock):
+        with pytest.raises(ConfigurationError, match="clock is where the time comes from"):
+            SharedState(memory().of, clock=wrong)
+    for wrong in (0, -1, float("inf"), float("nan"), "5", True, None):
         with pytest.raises(ConfigurationError, match="every is how many seconds"):
-            SharedState(memory().of, every=every)
+            SharedState(memory().of, every=wrong)
     for seconds in (0, -1, float("inf"), float("nan")):
         with pytest.raises(ConfigurationError, match="seconds is how long"):
             await SharedState(memory().of).force_open(name, seconds=seconds)

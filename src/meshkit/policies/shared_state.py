@@ -17,7 +17,9 @@ from __future__ import annotations
 
 import asyncio
 import bisect
+import contextlib
 import functools
+import inspect
 import json
 import logging
 import math
@@ -30,10 +32,10 @@ from types import TracebackType
 from typing import Any, Final, Literal, Protocol, Self, TypeVar, cast
 from weakref import WeakKeyDictionary
 
-from meshkit.core.clock import SYSTEM_CLOCK, Clock
+from meshkit.core.clock import SYSTEM_CLOCK, Clock, check_clock
 from meshkit.core.lifecycle import Check
 from meshkit.errors import ConfigurationError, MeshkitError
-from meshkit.policies.circuit_breaker import CircuitBreaker, breakers
+from meshkit.policies.circuit_breaker import CircuitBreaker, breakers, watch
 from meshkit.policies.keyed import CircuitBreakers, families
 
 T = TypeVar("T")
@@ -54,6 +56,8 @@ _MOST_STEPS: Final = 100
 _NEARLY_OVER: Final = 1.0
 # So many breakers are asked in one go.
 _AT_ONCE: Final = 50
+# What a storage has, at the least.
+_ASKED: Final = ("state", "counter", "increment_counter", "reset_counter", "opened_at")
 # What pybreaker's storages say where nothing, or nothing of ours, was written.
 _STOCK: Final = {"closed", "open", "half-open"}
 
@@ -175,10 +179,12 @@ class _Line:
 
 @dataclass(frozen=True, slots=True)
 class _Heard:
-    """What one exchange with the store brought: words by breaker name, and what went wrong."""
+    """What one exchange with the store brought: words by breaker name, what went wrong, and whether all names were asked
+    about."""
 
     words: dict[str, Switch | None]
     problem: str
+    whole: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -213,6 +219,10 @@ class SharedState:
     resets by hand is switched again. A breaker that was isolated by hand stays so when a switch is taken back, and
     one that was disabled is disabled again. The end of a switch is read from this machine's clock.
 
+    **A breaker that is made later**, while this runs, has the switch before its first call where its name is known: there
+    was a breaker of this name before. For a name that is new the store is asked at once, and not only after `every`
+    seconds; calls that are made before it has answered are decided without it.
+
     **Without the store** a process decides locally. A switch stays as last known: one with an end until its end, which
     needs no store; one without until the store says that it was taken back, or the process ends. Nothing but an
     operator's word takes it back: a store that comes back empty says nothing. One warning when the store goes, and one
@@ -238,13 +248,10 @@ class SharedState:
         name: str = "shared breaker state",
         clock: Clock = SYSTEM_CLOCK,
     ) -> None:
-        if not (isinstance(storage, Mapping) or callable(storage)):
-            raise ConfigurationError(
-                f"storage is a function that makes the storage of each breaker from its name, not {storage!r}.",
-                'lambda name: CircuitRedisStorage("closed", client, namespace=f"shop:{name}")',
-            )
-        if not 0 < every < math.inf:
-            raise ConfigurationError(f"every is how many seconds lie between two exchanges, so above 0, not {every}.")
+        _check_storage(storage)
+        if not _is_length(every):
+            raise ConfigurationError(f"every is how many seconds lie between two exchanges, so above 0, not {every!r}.")
+        check_clock(clock)
         self.name = name
         self.every = every
         self._storage: StorageOf = storage.get if isinstance(storage, Mapping) else storage
@@ -257,9 +264,15 @@ class SharedState:
         self._task: asyncio.Task[None] | None = None
         self._away_since: float | None = None
         self._problem = "it has not been asked yet"
+        # The two that the thread which makes a breaker reads and writes too, each in one step.
         self._held: WeakKeyDictionary[Target, _Held] = WeakKeyDictionary()
-        self._words: dict[str, str] = {}
+        # What stands, as last known: for what is alive, and where it is on, for what may be made again.
+        self._words: dict[str, Switch] = {}
         self._switched = False
+        # The names that were asked about, and those to be asked about before the next round.
+        self._known: set[str] = set()
+        self._unread: set[str] = set()
+        self._news: asyncio.Future[None] | None = None
 
     def __repr__(self) -> str:
         return f"SharedState({self.name!r}, every={self.every:g})"
@@ -271,6 +284,8 @@ class SharedState:
         if self._task is not None:
             return
         first = asyncio.get_running_loop().create_future()
+        self._news = asyncio.get_running_loop().create_future()
+        watch(self)
         self._task = asyncio.create_task(self._run(first), name=self.name)
         await _within(first, _FIRST_WORD, self._clock)
 
@@ -284,9 +299,10 @@ class SharedState:
     async def close(self) -> None:
         """Stop. What the breakers were told stays as it is."""
         running: list[asyncio.Task[Any]] = [task for task in (self._task, self._exchanging) if task is not None]
-        self._task = self._exchanging = None
+        self._task = self._exchanging = self._news = None
         # A thread that still hangs in there keeps what it has.
         self._lines = {}
+        self._known, self._unread = set(), set()
         for task in running:
             task.cancel()
         await asyncio.gather(*running, return_exceptions=True)
@@ -308,7 +324,47 @@ class SharedState:
                 _log.exception("%s: an exchange has failed; the next one follows", self.name)
             if not first.done():
                 first.set_result(None)
-            await self._clock.sleep(self.every * (0.9 + 0.2 * self._clock.random()))
+            await self._rest()
+
+    async def _rest(self) -> None:
+        """Wait for the next round. What is new meanwhile is asked about at once."""
+        until = self._clock.now() + self.every * (0.9 + 0.2 * self._clock.random())
+        while (left := until - self._clock.now()) > 0 and self._news is not None:
+            if not await _within(self._news, left, self._clock):
+                return
+            self._news = asyncio.get_running_loop().create_future()
+            # Somebody may have begun a round by hand, which does not know of it.
+            while self._unread and await self._once(whole=False):
+                pass
+
+    # -- as one who watches what is made ------------------------------------------------------------------------------
+
+    def made(self, breaker: Target, /) -> None:
+        """Do with a new breaker what the last word on its name says. Called in the thread that makes it, which may be any."""
+        news = self._news
+        if news is None:
+            return
+        word: Switch | None = None
+        # Once more where another word has come meanwhile: whoever brought it may not have seen this breaker.
+        while (latest := self._words.get(breaker.name)) is not None and latest != word:
+            word = latest
+            try:
+                self._obey(breaker, word)
+            except Exception:
+                _log.exception(
+                    "%s: circuit %r could not be switched; the next round tries again", self.name, breaker.name
+                )
+        if breaker.name not in self._known:
+            with contextlib.suppress(RuntimeError):
+                # Else its loop has closed.
+                news.get_loop().call_soon_threadsafe(self._wanted, breaker.name)
+
+    def _wanted(self, name: str) -> None:
+        if self._news is None or name in self._known:
+            return
+        self._unread.add(name)
+        if not self._news.done():
+            self._news.set_result(None)
 
     # -- by hand ------------------------------------------------------------------------------------------------------
 
@@ -324,12 +380,14 @@ class SharedState:
             answered = await self._once()
         return answered
 
-    async def _once(self) -> bool:
+    async def _once(self, *, whole: bool = True) -> bool:
         self._switched = False
         exchange = self._exchanging
         if exchange is None:
             self._alive_at = self._clock.now()
-            exchange = self._exchanging = asyncio.create_task(self._round(self._lines), name=f"{self.name}: exchange")
+            only, self._unread = None if whole else self._unread, set()
+            work = self._round(self._lines, only)
+            exchange = self._exchanging = asyncio.create_task(work, name=f"{self.name}: exchange")
             exchange.add_done_callback(self._exchanged)
         while not await _within(exchange, _PATIENCE, self._clock):
             if self._clock.now() - self._alive_at < _PATIENCE:
@@ -351,8 +409,8 @@ class SharedState:
             ConfigurationError: `seconds` is no length of time, or this breaker has no switch.
             MeshkitError: the store does not answer, or does not keep what it is given.
         """
-        if seconds is not None and not 0 < seconds < math.inf:
-            raise ConfigurationError(f"seconds is how long calls are rejected, so above 0, not {seconds}.")
+        if seconds is not None and not _is_length(seconds):
+            raise ConfigurationError(f"seconds is how long calls are rejected, so above 0, not {seconds!r}.")
         until = None if seconds is None else self._clock.time() + seconds
         return await self._say(breaker, on=True, until=until, reason=reason, by=by)
 
@@ -375,11 +433,12 @@ class SharedState:
 
     # -- in the thread ------------------------------------------------------------------------------------------------
 
-    def _exchange(self, lines: dict[str, _Line], views: dict[str, _View]) -> _Heard:
+    def _exchange(self, lines: dict[str, _Line], views: dict[str, _View], whole: bool) -> _Heard:
         now, today = self._clock.now(), self._clock.time()
         words: dict[str, Switch | None] = {}
-        for gone in lines.keys() - views.keys():
-            del lines[gone]
+        if whole:
+            for gone in lines.keys() - views.keys():
+                del lines[gone]
 
         def read(name: str) -> None:
             line = lines.get(name)
@@ -400,7 +459,7 @@ class SharedState:
         # All is read before anything is written: a store that takes no more must not hide an operator's word.
         unread, self._read_next = self._each(sorted(views), self._read_next, read)
         unwritten, self._write_next = self._each(sorted(words), self._write_next, write)
-        return _Heard(words, unread or unwritten)
+        return _Heard(words, unread or unwritten, whole)
 
     def _each(self, names: list[str], first: str, act: Callable[[str], None]) -> tuple[str, str]:
         """Act on each name, from `first` on; what went wrong, and where to begin the next time: no broken key keeps the
@@ -450,16 +509,20 @@ class SharedState:
 
     # -- in the event loop --------------------------------------------------------------------------------------------
 
-    async def _round(self, lines: dict[str, _Line]) -> _Heard:
-        views = await self._views()
+    async def _round(self, lines: dict[str, _Line], only: set[str] | None) -> _Heard:
+        views = await self._views(only)
         # No breaker is held here while the store is waited for.
-        return await _in_thread(functools.partial(self._exchange, lines, views), self.name)
+        return await _in_thread(functools.partial(self._exchange, lines, views, only is None), self.name)
 
-    async def _views(self) -> dict[str, _View]:
+    async def _views(self, only: set[str] | None) -> dict[str, _View]:
         # Breakers are asked here and not in the thread: one that was moved by hand tells its listeners when it is asked.
-        seen: dict[str, list[_Seen]] = {name: [] for name in {family.name for family in families()}}
+        seen: dict[str, list[_Seen]] = {}
+        for family in families():
+            if only is None or family.name in only:
+                seen[family.name] = []
         for number, breaker in enumerate(breakers()):
-            seen.setdefault(breaker.name, []).append(_look(breaker))
+            if only is None or breaker.name in only:
+                seen.setdefault(breaker.name, []).append(_look(breaker))
             if number % _AT_ONCE == _AT_ONCE - 1:
                 # There may be thousands, and calls go on meanwhile.
                 await asyncio.sleep(0)
@@ -471,7 +534,7 @@ class SharedState:
         word = Switch(on=on, until=until, at=at, version=uuid.uuid4().hex, reason=reason, by=by)
         kept = await self._asked(functools.partial(self._write, breaker, word))
         if self._task is not None:
-            self._heed(breaker, kept, _targets().get(breaker, []))
+            self._heed({breaker: kept})
         return kept
 
     async def _asked(self, work: Callable[[], T]) -> T:
@@ -496,12 +559,13 @@ class SharedState:
             self._noted(f"{type(error).__name__}: {error}")
             return
         heard = exchange.result()
-        self._noted(heard.problem)
-        targets = _targets()
-        self._words = {name: version for name, version in self._words.items() if name in targets}
-        for name, word in heard.words.items():
-            if word is not None:
-                self._heed(name, word, targets.get(name, []))
+        if heard.whole or heard.problem:
+            # That a few names could be read says nothing of the others.
+            self._noted(heard.problem)
+        self._known.update(heard.words)
+        self._heed({name: word for name, word in heard.words.items() if word is not None})
+        if heard.whole:
+            self._forget()
 
     def _noted(self, problem: str) -> None:
         now = self._clock.now()
@@ -517,33 +581,53 @@ class SharedState:
             self._away_since = None
         self._problem = problem
 
-    def _heed(self, name: str, word: Switch, targets: list[Target]) -> None:
-        """Do what an operator says with the breakers of one name. Done anew in each round, which costs nothing where
-        nothing has changed."""
+    def _heed(self, words: Mapping[str, Switch]) -> None:
+        """Do what operators say. Done anew in each round, which costs nothing where nothing has changed."""
+        new = {name for name, word in words.items() if (before := self._words.get(name)) is None or before != word}
+        # Before the breakers are looked for: one that is made from now on is told by `made`.
+        self._words.update(words)
+        targets = _targets()
+        now = self._clock.time()
+        for name, word in words.items():
+            left = word.left(now)
+            said = False
+            for target in targets.get(name, ()):
+                if self._obey(target, word):
+                    # One that is only switched again is no news.
+                    said = name in new or left <= 0
+            self._switched = self._switched or said
+            if said and left > 0:
+                until = "until it is released" if left == math.inf else f"for {left:.0f} s"
+                _log.warning("circuit %r is forced open %s (%s)", name, until, _who(word))
+            elif said:
+                _log.warning("circuit %r is released (%s)", name, _who(word))
+
+    def _forget(self) -> None:
+        """Let go of what stands for names that nothing here has any more, but for switches that are on."""
+        targets, now = _targets(), self._clock.time()
+        self._known.intersection_update(targets)
+        for name, word in list(self._words.items()):
+            if name not in targets and word.left(now) <= 0:
+                del self._words[name]
+
+    def _obey(self, target: Target, word: Switch) -> bool:
+        """Do with one breaker what an operator says. Returns whether there was anything to do."""
         left = word.left(self._clock.time())
-        new = self._words.get(name) != word.version
-        self._words[name] = word.version
-        said = False
-        for target in targets:
-            held = self._held.get(target)
-            if left > 0:
-                if held is None or held.version != word.version or (left > _NEARLY_OVER and not _rejects(target)):
-                    self._switch_on(target, word, left, held)
-                    said = new
-            elif held is not None:
-                del self._held[target]
-                if held.version != word.version:
-                    target.reset()
-                    said = True
-                # Else its time is over, and it probes by itself.
-                if held.disabled:
-                    target.disable()
-        self._switched = self._switched or said
-        if said and left > 0:
-            until = "until it is released" if left == math.inf else f"for {left:.0f} s"
-            _log.warning("circuit %r is forced open %s (%s)", name, until, _who(word))
-        elif said:
-            _log.warning("circuit %r is released (%s)", name, _who(word))
+        held = self._held.get(target)
+        if left > 0:
+            if held is None or held.version != word.version or (left > _NEARLY_OVER and not _rejects(target)):
+                self._switch_on(target, word, left, held)
+                return True
+            return False
+        if held is None:
+            return False
+        self._held.pop(target, None)
+        if held.version != word.version:
+            target.reset()
+        # Else its time is over, and it probes by itself.
+        if held.disabled:
+            target.disable()
+        return held.version != word.version
 
     def _switch_on(self, target: Target, word: Switch, left: float, held: _Held | None) -> None:
         disabled = held is not None and held.disabled
@@ -567,6 +651,29 @@ class _NotKept(Exception):
 
     def __str__(self) -> str:
         return "it does not hold what it is given"
+
+
+def _check_storage(storage: object) -> None:
+    remedy = 'lambda name: CircuitRedisStorage("closed", client, namespace=f"shop:{name}")'
+    if isinstance(storage, Mapping):
+        if not storage:
+            raise ConfigurationError("the mapping of storages is empty, so no breaker would be shared.", remedy)
+        for name, one in cast("Mapping[object, object]", storage).items():
+            # Looked up without asking it: a storage asks its store for its state.
+            missing = [each for each in _ASKED if inspect.getattr_static(one, each, None) is None]
+            if not isinstance(name, str) or missing:
+                raise ConfigurationError(
+                    f"a mapping of storages has a pybreaker storage for each name of a breaker, not {one!r} for {name!r}.",
+                    remedy,
+                )
+    elif not callable(storage) or inspect.iscoroutinefunction(storage):
+        raise ConfigurationError(
+            f"storage is a function that makes the storage of each breaker from its name, not {storage!r}.", remedy
+        )
+
+
+def _is_length(seconds: object) -> bool:
+    return isinstance(seconds, int | float) and not isinstance(seconds, bool) and 0 < seconds < math.inf
 
 
 def _targets() -> dict[str, list[Target]]:
