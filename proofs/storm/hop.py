@@ -69,11 +69,14 @@ def made(name: str, target: str, kind: str, breaker: float | None) -> FastAPI:
     else:
         own = None if breaker is None else CircuitBreaker(f"{name}'s next", open_for=breaker)
         client = meshkit.httpx.client(f"{name}'s next", base_url=target, breaker=own, inner=inner)
+    served = 0
     changes: list[dict[str, object]] = []
     listen(lambda event: changes.append({"to": event.new, "at": round(time.time(), 3)}), kind=CircuitChanged)
 
     @app.get("/")
     async def ask() -> str:
+        nonlocal served
+        served += 1
         try:
             answer = await client.get("/")
             answer.raise_for_status()
@@ -85,6 +88,7 @@ def made(name: str, target: str, kind: str, breaker: float | None) -> FastAPI:
     async def seen() -> dict[str, object]:
         (breaker,) = breakers() or (None,)
         return {
+            "served": served,
             "sent": inner.sent,
             "state": None if breaker is None else breaker.state,
             "retry_after": None if breaker is None else breaker.retry_after,

@@ -24,7 +24,15 @@ async def serve(app: Any, fd: int) -> None:
     """Serve `app` on a socket that was handed over, until SIGTERM or until the one who started this is gone."""
     threading.Thread(target=_end_with_parent, daemon=True).start()
     sock = socket.socket(fileno=fd)
-    config = uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=1)
+    config = uvicorn.Config(
+        app,
+        log_level="warning",
+        access_log=False,
+        timeout_graceful_shutdown=1,
+        # Clients keep a connection for 5 s (httpx's default). By default uvicorn does too, and then closes it in the
+        # moment at which one is used again, which looks as if a service had failed.
+        timeout_keep_alive=60,
+    )
     await uvicorn.Server(config).serve(sockets=[sock])
 
 
