@@ -69,7 +69,8 @@ def main(arguments: list[str]) -> int:
         process.wait()
         return 130
     code = process.wait()
-    if code == 0 and not _is_summary(last):
+    # Who asks for help is told nothing that could be shown.
+    if code == 0 and not _is_summary(last) and not {"-h", "--help"}.intersection(rest):
         print(
             "proof: it ended with exit code 0 and without its summary as JSON in the last line, so it counts as not shown",
             file=sys.stderr,

@@ -99,6 +99,16 @@ def test_a_proof_can_be_run_and_listed(name: str) -> None:
     assert "__name__ == '__main__'" in [ast.unparse(node.test) for node in body if isinstance(node, ast.If)]
 
 
+@pytest.mark.parametrize("name", proof_names())
+def test_a_proof_tells_its_usage(name: str) -> None:
+    """`--help` ends with 0 and says nothing on stderr: it is no proof that has shown nothing."""
+    told = subprocess.run(
+        [sys.executable, "-m", "proofs", name, "--help"], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert (0, "") == (told.returncode, told.stderr)
+    assert told.stdout.startswith("usage: ")
+
+
 def test_a_proof_ends_with_its_summary(tmp_path: Path) -> None:
     """The exit code is the proof's own, but 0 without a summary in the last line is 1; an unknown proof is one line and 2."""
     folder = tmp_path / "proofs"
