@@ -34,7 +34,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import email.utils
 import functools
 import importlib
 import ipaddress
@@ -43,7 +42,6 @@ import urllib.parse
 import urllib.request
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from datetime import UTC
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Final, Literal, Self, TypedDict, Unpack, cast, overload
 
@@ -53,6 +51,7 @@ from meshkit.core.events import ClientAttemptEnded, ClientCallEnded, RetrySchedu
 from meshkit.core.events import error_type as _type_of
 from meshkit.core.explain import Finding, Step, attempts_of, explain, warn
 from meshkit.core.pipeline import Pipeline
+from meshkit.core.retry_after import seconds_asked
 from meshkit.core.scope import Scope, current_scope, scope_open
 from meshkit.core.trace import AttributeValue, tracer
 from meshkit.errors import (
@@ -1031,7 +1030,7 @@ class _Exchange:
         error_type = str(status)
         if response.headers.get("meshkit-retry", "") in _NO_MORE:
             return Judgement(retry=True, breaker="neutral", error_type=error_type, exhausted=True)
-        after = _retry_after(response.headers.get("retry-after"), self.owner.clock)
+        after = seconds_asked(response.headers.get("retry-after"), self.owner.clock)
         if status == 429:
             return Judgement(retry=self._replayable, breaker="neutral", error_type=error_type, retry_after=after)
         if status in (408, 502, 503, 504):
@@ -1205,25 +1204,6 @@ def _marks(value: str) -> list[str]:
     return [name for name in names if 0 < len(name) <= _MOST_MARK and name.isascii() and name.isprintable()][
         :_MOST_MARKS
     ]
-
-
-def _retry_after(value: str | None, clock: Clock) -> float | None:
-    """Seconds that a `Retry-After` header asks for, in either of its forms; `None` if it holds neither.
-
-    https://www.rfc-editor.org/rfc/rfc9110#field.retry-after
-    """
-    if value is None:
-        return None
-    text = value.strip()
-    if text.isascii() and text.isdigit():
-        return float(text[:10])
-    try:
-        when = email.utils.parsedate_to_datetime(text)
-    except (TypeError, ValueError):
-        return None
-    if when.tzinfo is None:
-        when = when.replace(tzinfo=UTC)
-    return max(0.0, when.timestamp() - clock.time())
 
 
 def redacted(url: str) -> str:

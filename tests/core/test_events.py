@@ -5,6 +5,7 @@ import logging
 import pytest
 
 from meshkit import CircuitOpenError, ConfigurationError
+from meshkit.core import events
 from meshkit.core.events import CircuitRejected, Event, RetryEnded, emit, error_type, heard, listen
 
 
@@ -99,3 +100,11 @@ class Local(Exception): ...
 def test_an_error_is_named_in_one_way(error, name):
     """Built-in errors without a module, meshkit's own by their public name, others in full."""
     assert name == error_type(error)
+
+
+def test_a_destructor_may_stop_listening_while_somebody_begins_to():
+    """The collector may run a destructor under the lock of `listen`, in the same thread, and that may call a stop."""
+    stop = events.listen(lambda event: None, kind=Event)
+    with events._lock:
+        stop()
+    assert not events.heard(Event)

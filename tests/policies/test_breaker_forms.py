@@ -726,3 +726,47 @@ def test_shadow_is_switched_by_a_truth_value_only(clock):
     with pytest.raises(ConfigurationError, match="shadow is True or False, not 'no'"):
         breaker.shadow = "no"
     assert breaker.shadow is False
+
+
+async def test_a_rule_is_a_plain_function(clock):
+    """A coroutine function as rule is refused: what it returns would always be true."""
+
+    async def rule(outcome):
+        return False
+
+    with pytest.raises(ConfigurationError, match="failed is a plain function"):
+        make(clock, failed=rule)
+
+
+def test_a_window_of_no_length_is_refused(clock):
+    """Less than a millisecond is no window: ten slices of it would have no length at all."""
+    for seconds in (1e-323, 1e-310, 0.0009):
+        with pytest.raises(ConfigurationError, match=r"from 0.001 s on"):
+            make(clock, window=None, window_for=seconds)
+
+
+def test_a_block_is_left_once(clock):
+    """Leaving a block that was never entered, or leaving it twice, is refused and counts as nothing."""
+    breaker = half_opened(clock, probes=2)
+    block = breaker.calling()
+    with pytest.raises(RuntimeError, match="not entered"):
+        block.__exit__(None, None, None)
+    with block:
+        pass
+    with pytest.raises(RuntimeError, match="left already"):
+        block.__exit__(None, None, None)
+    assert ("half_open", 1) == (breaker.state, breaker.counts["success"])
+
+
+def test_a_result_that_is_awaitable_and_no_coroutine_is_handed_on(clock):
+    """Only a coroutine that was never started is refused: whatever else has send, throw and close is somebody's."""
+
+    class Odd:
+        def send(self, value): ...
+        def throw(self, *error): ...
+        def close(self): ...
+        def __await__(self):
+            yield
+
+    odd = Odd()
+    assert odd is make(clock)(lambda: odd)()

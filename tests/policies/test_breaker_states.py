@@ -4,6 +4,7 @@ import asyncio
 import concurrent.futures
 import contextlib
 import itertools
+from datetime import timedelta
 
 import pytest
 
@@ -841,7 +842,11 @@ class Busy(Exception):
         (-5, 10.0),
         (float("inf"), 10.0),
         (float("nan"), 10.0),
-        ("25", 10.0),
+        ("25", 25.0),
+        (timedelta(seconds=25), 25.0),
+        ("Tue, 14 Nov 2023 22:13:45 GMT", 25.0),
+        ("Mon, 20 Nov 99999999999999999999 10:00:00 GMT", 10.0),
+        ("soon", 10.0),
         (None, 10.0),
     ],
     ids=str,
@@ -852,6 +857,19 @@ async def test_it_stays_open_as_long_as_the_failure_that_opens_it_asks(clock, ca
     await caller.fail(breaker, 3)
     await caller.fail(breaker, 1, Busy(asked))
     assert lasts == breaker.retry_after
+
+
+async def test_an_error_that_cannot_be_asked_is_a_failure_like_any_other(clock, caller):
+    """A `retry_after` that raises when it is read says nothing, and keeps no failure from being counted."""
+
+    class Odd(ConnectionError):
+        @property
+        def retry_after(self):
+            raise RuntimeError("property")
+
+    breaker = make(clock)
+    await caller.fail(breaker, 4, Odd())
+    assert ("open", 10.0, 4) == (breaker.state, breaker.retry_after, breaker.counts["failure"])
 
 
 async def test_less_than_a_second_is_heeded_too(clock, simple):

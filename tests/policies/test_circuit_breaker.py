@@ -196,7 +196,7 @@ async def test_a_second_attempt_gives_its_place_back_however_it_ends(clock, brea
     guarded = breaker(
         clock, min_calls=1, failed=lambda outcome: True if calls == 1 else None if outcome.error else False
     )
-    retry = Retry(retry=strategy, backoff=Backoff(jitter=jitter), clock=clock)
+    retry = Retry(retry=strategy, backoff=Backoff(jitter=jitter), patient=True, clock=clock)
     with pytest.raises(asyncio.CancelledError if breaks == "cancellation" else ZeroDivisionError):
         await Pipeline("payments", retry, guarded).call(flaky)
     assert (2, "half_open") == (calls, guarded.state)

@@ -464,6 +464,18 @@ async def test_what_holds_places_and_permits_is_read_when_somebody_looks(recorde
     assert value(registry, "meshkit_retry_budget_balance", client="provider") is None
 
 
+@pytest.mark.parametrize("name", ["\udcff-tenant", "x" * 1_000_000], ids=["surrogate", "book"])
+def test_no_name_ends_all_scrapes(recorder, registry, name):
+    """A name that no text encoding holds, or that is a book, is shown as far as it can be."""
+    there = (CircuitBreaker(name), Bulkhead(name, limit=1), RateLimiter(name, permits=1), RetryBudget(name))
+    emit(events.RetryScheduled(source=name, attempt=1, delay=0.1, error_type=name))
+    text = recorder.render()[1]
+    assert 4 == len(there)
+    assert len(text) < 200_000
+    shown = "?-tenant" if len(name) < 100 else "x" * 200
+    assert 1 == value(registry, "meshkit_circuitbreaker_state", breaker=shown, state="closed")
+
+
 def test_an_isolated_breaker_says_so(recorder, registry):
     """`isolated` is a state of its own, not a kind of open."""
     breaker = CircuitBreaker("isolated-one")

@@ -331,7 +331,8 @@ def error_type(error: BaseException) -> str:
 E = TypeVar("E", bound=Event)
 Listener = Callable[[Any], object]
 
-_lock = threading.Lock()
+# Re-entrant: the collector may call a destructor anywhere, and that may stop listening.
+_lock = threading.RLock()
 _listeners: tuple[tuple[type[Event], Listener], ...] = ()
 _by_kind: dict[type[Event], tuple[Listener, ...]] = {}
 

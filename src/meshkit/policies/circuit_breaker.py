@@ -15,6 +15,7 @@ drops results of an earlier period are ours.
 from __future__ import annotations
 
 import contextlib
+import inspect
 import itertools
 import logging
 import math
@@ -31,6 +32,7 @@ from meshkit.core.call import Call, Judge, Next, NextSync, Outcome
 from meshkit.core.clock import SYSTEM_CLOCK, Clock, Timer
 from meshkit.core.events import CircuitChanged, CircuitRejected, CircuitState, emit
 from meshkit.core.pipeline import Pipeline
+from meshkit.core.retry_after import asked_by, seconds_asked
 from meshkit.core.scope import Scope, current_scope
 from meshkit.core.trace import TRACING, tracer
 from meshkit.errors import ConfigurationError, DeadlineExceededError, RejectedError
@@ -47,6 +49,8 @@ _STATES: Final[dict[str, CircuitState]] = {
     pybreaker.STATE_HALF_OPEN: "half_open",
 }
 _OPEN_AT_MOST: Final = 300.0
+# Ten slices of less are shorter than any clock can tell apart.
+_SHORTEST_WINDOW: Final = 0.001
 _NEVER: Final = -math.inf
 
 
@@ -326,6 +330,10 @@ class CircuitBreaker:
                 )
         else:
             _check_seconds("window_for", "how far back calls are judged", window_for)
+            if window_for < _SHORTEST_WINDOW:
+                raise ConfigurationError(
+                    f"window_for is how far back calls are judged, from {_SHORTEST_WINDOW} s on, not {window_for!r}."
+                )
             _check_whole("min_calls", "how many calls of the window are needed", min_calls)
         if slow_after is not None:
             _check_seconds("slow_after", "what a slow call takes at least", slow_after)
@@ -361,6 +369,10 @@ class CircuitBreaker:
                 )
         if failed is not None and not callable(failed):
             raise ConfigurationError(f"failed is a function of the outcome, not {failed!r}.")
+        if inspect.iscoroutinefunction(failed) or inspect.iscoroutinefunction(getattr(failed, "__call__", None)):  # noqa: B004
+            raise ConfigurationError(
+                f"failed is a plain function, and {failed!r} is a coroutine function, which nobody would await."
+            )
         # "no" would be true.
         _check_bool("heed_retry_after", heed_retry_after)
         _check_bool("half_open_by_timer", half_open_by_timer)
@@ -588,7 +600,7 @@ class CircuitBreaker:
         try:
             result = await call_next(call)
         except Exception as error:
-            self._record(token, Outcome(error=error), call.judge, started)
+            call.opened = self._record(token, Outcome(error=error), call.judge, started)
             raise
         except BaseException:
             # Cancelled: by the caller, or by a timeout further out, which the end of the call will tell.
@@ -597,7 +609,7 @@ class CircuitBreaker:
         if self._gate.free is token and call.judge is None:
             token()
         else:
-            self._record(token, Outcome(result), call.judge, started)
+            call.opened = self._record(token, Outcome(result), call.judge, started)
         return result
 
     def run_sync(self, call: Call, call_next: NextSync[T]) -> T:
@@ -611,7 +623,7 @@ class CircuitBreaker:
         try:
             result = call_next(call)
         except Exception as error:
-            self._record(token, Outcome(error=error), call.judge, started)
+            call.opened = self._record(token, Outcome(error=error), call.judge, started)
             raise
         except BaseException:
             # Cancelled: by the caller, or by a timeout further out, which the end of the call will tell.
@@ -620,7 +632,7 @@ class CircuitBreaker:
         if self._gate.free is token and call.judge is None:
             token()
         else:
-            self._record(token, Outcome(result), call.judge, started)
+            call.opened = self._record(token, Outcome(result), call.judge, started)
         return result
 
     def __call__(self, fn: Callable[P, R]) -> Callable[P, R]:
@@ -684,7 +696,7 @@ class CircuitBreaker:
             except BaseException as error:
                 breaker._record(token, Outcome(error=error), None, started)
                 raise
-            if isinstance(result, Coroutine):
+            if inspect.iscoroutine(result):
                 # It has not run at all, and whether it will fail nobody knows yet.
                 breaker._record(token, _NOTHING, None, started)
                 result.close()
@@ -705,12 +717,20 @@ class CircuitBreaker:
 
     def _record_at_end(self, token: _Token, call: Call, started: float) -> None:
         scope, judge = current_scope(), call.judge
-        call.on_end(lambda outcome: self._record(token, outcome, judge, started, scope))
+
+        def ended(outcome: Outcome) -> None:
+            call.opened = self._record(token, outcome, judge, started, scope)
+
+        call.on_end(ended)
 
     def _record(
         self, token: _Token, outcome: Outcome, judge: Judge | None, started: float, scope: Scope | None = None
-    ) -> None:
-        """Count what a call came to, and open or close if that is what it says."""
+    ) -> float | None:
+        """Count what a call came to, and open or close if that is what it says.
+
+        Returns:
+            seconds until it probes, where the call has failed and left the circuit open.
+        """
         try:
             failed, after = self._judged(outcome, judge)
         except Exception:
@@ -721,7 +741,7 @@ class CircuitBreaker:
             )
         if failed is False and self._gate.free is token:
             token()
-            return
+            return None
         events: list[CircuitChanged] = []
         opened: float | None = None
         with self._lock:
@@ -754,6 +774,7 @@ class CircuitBreaker:
                 scope.note_opened(opened)
         if events:
             self._tell(events)
+        return opened
 
     def _judged(self, outcome: Outcome, judge: Judge | None) -> tuple[bool | None, float | None]:
         """Whether it failed, and how long whoever answered asks to be left alone."""
@@ -762,11 +783,11 @@ class CircuitBreaker:
             return None, None
         if outcome is _NOTHING:
             return None, None
-        after = getattr(error, "retry_after", None)
+        after = None
         if self._failed is not None:
             said = self._failed(outcome)
             failed = None if said is None else bool(said)
-            if failed and judge is not None and after is None:
+            if failed and judge is not None and asked_by(error, self._clock) is None:
                 after = judge(outcome).retry_after
         elif isinstance(error, RejectedError | ConfigurationError):
             return None, None
@@ -779,8 +800,9 @@ class CircuitBreaker:
             after = judgement.retry_after
         else:
             failed = error is not None
-        # Less than nothing is less than `open_for`; neither infinity nor NaN is below infinity.
-        return failed, after if isinstance(after, int | float) and after < math.inf else None
+        if failed:
+            after = asked_by(error, self._clock) if after is None else seconds_asked(after, self._clock)
+        return failed, after
 
     def _acquire(self) -> _Token:
         """Let a call through and return the token that its result is recorded with, or raise."""
@@ -1012,25 +1034,29 @@ class CircuitBreaker:
 class Calling:
     """A block that counts as one call of a circuit breaker: what `CircuitBreaker.calling` gives, for one `with` each."""
 
-    __slots__ = ("_breaker", "_started", "_token")
+    __slots__ = ("_breaker", "_entered", "_started", "_token")
 
     def __init__(self, breaker: CircuitBreaker) -> None:
         self._breaker = breaker
         self._token: _Token | None = None
+        self._entered = False
 
     def __enter__(self) -> Self:
-        if self._token is not None:
+        if self._entered:
             raise RuntimeError("calling() is for one block; ask the breaker for another one")
         breaker = self._breaker
         self._token = breaker._gate.free or breaker._acquire()
+        self._entered = True
         self._started = breaker._started()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        assert self._token is not None
-        self._breaker._record(self._token, Outcome(error=error), None, self._started)
+        token, self._token = self._token, None
+        if token is None:
+            raise RuntimeError("this block of calling() is not entered, or left already")
+        self._breaker._record(token, Outcome(error=error), None, self._started)
 
     async def __aenter__(self) -> Self:
         return self.__enter__()

@@ -41,6 +41,7 @@ OTHER: Final = "__other__"
 GENERATED: Final = "amq.gen"
 MOST_VALUES: Final = 200
 MOST_ERROR_TYPES: Final = 50
+LONGEST_VALUE: Final = 200
 
 # https://opentelemetry.io/docs/specs/semconv/attributes-registry/http/#http-request-method
 _METHODS: Final = frozenset(
@@ -94,7 +95,8 @@ class _Row(Generic[I]):
 
     def fold(self, position: int, value: object) -> str:
         """What stands for `value` in the label at `position`."""
-        text = str(value)
+        # A name may come from a request: one that is no text (a lone surrogate), or a book, is not to end all scrapes.
+        text = str(value)[:LONGEST_VALUE].encode(errors="replace").decode()
         label = self.metric.labels[position]
         if label.name in ("queue", "destination") and _GENERATED_NAME.search(text):
             text = GENERATED
