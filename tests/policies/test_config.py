@@ -278,8 +278,11 @@ def test_findings_are_allowed_with_a_reason(toml, caplog):
         ("[clients.users.retry]\nattempts = 0", "clients.users.retry.attempts: attempts is how often to call"),
         ('[clients.users]\ntotal = "10 sec"', "clients.users.total is '10 sec': a length of time is"),
         ("[clients.users]\ntotal = [1]", "clients.users.total is [1]: it is a length of time"),
+        ("[clients.users]\ntotal = inf", "clients.users.total is inf: it is how long a call may take, so above 0"),
+        ("[clients.users]\nattempt_timeout = nan", "clients.users.attempt_timeout is nan: it is how long a call"),
         ("[clients.users]\ntotal = -1", "clients.users.total is -1: it is how long a call may take, so above 0"),
-        ('[clients.users]\npreset = "massaging"', "it is 'standard' or 'messaging'. Did you mean messaging?"),
+        ('[clients.users]\npreset = "massaging"', "it is 'standard' or 'messaging'. Did you mean messaging?\n"),
+        ("[clients.users]\npreset = 3", "clients.users.preset is 3: it is 'standard' or 'messaging'.\n"),
         (
             '[clients.users.retry]\non = ["NoSuchError"]',
             "clients.users.retry.on is ['NoSuchError']: 'NoSuchError' is no",
@@ -299,13 +302,22 @@ def test_findings_are_allowed_with_a_reason(toml, caplog):
             "[clients.users.breaker]\nwindow = 20\nwindow_for = 30",
             "clients.users.breaker.window_for: window counts calls and window_for counts seconds",
         ),
+        ('[clients.""]', "clients has a table '', and a client's name is a text"),
+        (
+            "[clients.users]\nretry = false\nbudget = {ratio = 0.1}",
+            "clients.users.budget bounds retries and hedges, and client 'users' has neither: leave it out.",
+        ),
+        (
+            '[clients.users]\npreset = "messaging"\nbudget = true',
+            "clients.users.budget bounds retries and hedges, and client 'users' has neither: leave it out.",
+        ),
         ("[clients.users", "is no TOML"),
     ],
 )
 def test_what_is_wrong_is_said_with_its_path(toml, tmp_path, text, says):
     """The file, the path of the key, what would be right, and the nearest key for a misspelt one."""
     error = refused(toml, text)
-    assert says in error
+    assert says in f"{error}\n"
     assert "policies.toml" in error
 
 
@@ -336,6 +348,15 @@ def test_all_that_is_wrong_is_said_at_once(toml):
             "RETRIES__ATTEMPTS is nothing there is. Did you mean retry?",
         ),
         ({"MESHKIT_POLICIES__USERS__RETRY__BACKOFF": "3"}, "it is a table"),
+        (
+            {"MESHKIT_POLICIES__USERS__TOTAL__S": "3"},
+            "MESHKIT_POLICIES__USERS__TOTAL__S is nothing there is. total is one",
+        ),
+        ({"MESHKIT_POLICIES__USERS__ALLOW": "x"}, "__USERS__ALLOW names no finding. It ends like"),
+        ({"MESHKIT_POLICIES__USERS__ALLOW__JITTER__OFF": "x"}, "__ALLOW__JITTER__OFF names no finding. It ends like"),
+        ({"MESHKIT_POLICIES__USERS__BUDGET": "on", "MESHKIT_POLICIES__USERS__RETRY": "off"}, "__BUDGET bounds retries"),
+        ({"MESHKIT_POLICIES____TOTAL": "3"}, "MESHKIT_POLICIES____TOTAL names no client. It begins like"),
+        ({"MESHKIT_POLICIES__DEFAULT__TOTAL": "3"}, "__DEFAULT__TOTAL is about no client. Did you mean DEFAULTS?"),
         ({"MESHKIT_POLICIES__USERS__RETRY": "maybe"}, "it is a table, or false"),
         ({"MESHKIT_POLICIES__USERS__RETRY__ATTEMPTS": "0"}, "__RETRY__ATTEMPTS: attempts is how often to call"),
     ],
@@ -343,6 +364,91 @@ def test_all_that_is_wrong_is_said_at_once(toml):
 def test_a_variable_that_is_wrong_is_named(environ, says):
     """As a key of a file is."""
     assert says in refused(Policies.from_env, environ=environ)
+
+
+@pytest.mark.parametrize(
+    ("make", "says"),
+    [
+        (lambda: Policies.from_mapping(None), "the mapping is None: it is a table."),
+        (lambda: Policies.from_mapping([1]), "the mapping is [1]: it is a table."),
+        (lambda: Policies.from_mapping({}, overrides=3), "overrides is 3: it is a table."),
+        (lambda: Policies.from_mapping({}, environ=3), "environ is 3: it is the variables by name"),
+        (lambda: Policies.from_mapping({}, clock=3), "clock is where the time comes from, and 3 is none."),
+        (lambda: Policies.from_mapping({3: {}}), "3 is nothing there is. There is clients, defaults."),
+        (lambda: Policies.from_mapping({"clients": {3: {}}}), "clients has a table 3, and a client's name is a text."),
+        (lambda: Policies.from_mapping({"clients": {"a": {3: 1}}}), "clients.a.3 is nothing there is. There is allow,"),
+        (
+            lambda: Policies.from_mapping({"clients": {"a": {"retry": {3: 1}}}}),
+            "clients.a.retry.3 is nothing there is.",
+        ),
+        (lambda: Policies.from_mapping({"clients": {"a": {"allow": {3: "x"}}}}), "allow names 3, and there is no such"),
+        (lambda: Policies.from_env(3), "3 names no client: each name is a text of its own"),
+        (lambda: Policies.from_env(["users", "mail"]), "['users', 'mail'] names no client: each name is a text"),
+        (lambda: Policies.from_toml(3), "policies are read from a file by its path, not from 3."),
+    ],
+)
+def test_what_is_no_table_or_no_name_is_said_to_be_none(make, says):
+    """What comes from a program and not from a file can be anything; it is told what it should have been."""
+    assert says in refused(make)
+
+
+def test_a_budget_of_defaults_is_for_whom_it_may_concern():
+    """It was not said of the client that has no retry, which is therefore no contradiction; a hedge draws on one too."""
+    without = {"defaults": {"budget": {"ratio": 0.1}}, "clients": {"users": {"retry": False}}}
+    assert None is retry_of(Policies.from_mapping(without, environ={}))
+    hedged = {"clients": {"users": {"retry": False, "hedge": {"delay": 1}, "budget": {"ratio": 0.1}}}}
+    assert 0.1 == part(Policies.from_mapping(hedged, environ={}).pipeline("users"), Hedge).budget.ratio
+
+
+@pytest.mark.parametrize(
+    ("defaults", "client", "says"),
+    [
+        ({"bulkhead": {"limit": 0}}, {"preset": "messaging"}, "defaults.bulkhead.limit: limit is how many calls"),
+        ({"hedge": {"delay": -1}}, {"preset": "messaging"}, "defaults.hedge.delay: delay is how many seconds"),
+        ({"retry": {"attempts": 0}}, {"retry": False}, "defaults.retry.attempts: attempts is how often to call"),
+        ({"retry": {"backoff": {"first": -1}}}, {"retry": False}, "defaults.retry.backoff.first: first and most are"),
+        ({"breaker": {"open_for": -1}}, {"breaker": {"open_for": 3}}, "defaults.breaker.open_for: open_for is how"),
+        ({"fallback": {"name": "a,b"}}, {"fallback": False}, "defaults.fallback.name: name goes into a header"),
+        ({"rate_limiter": {"per": -1}}, {"rate_limiter": False}, "defaults.rate_limiter.per: per is the seconds"),
+        ({"budget": {"ratio": -1}}, {"preset": "messaging"}, "defaults.budget.ratio: ratio is how many retries"),
+    ],
+    ids=str,
+)
+def test_defaults_that_no_client_uses_are_checked(defaults, client, says):
+    """A value that cannot work is told now, and not to whoever adds the client that would use it."""
+    assert says in refused(Policies.from_mapping, {"defaults": defaults, "clients": {"users": client}}, environ={})
+    assert says in refused(Policies.from_mapping, {"defaults": defaults}, environ={})
+
+
+@pytest.mark.parametrize(
+    ("defaults", "client"),
+    [
+        ({"hedge": {"attempts": 3}}, {"hedge": {"delay": 1, "attempts": 2}}),
+        ({"rate_limiter": {"per": 2}}, {"rate_limiter": {"permits": 1, "per": 1}}),
+        ({"fallback": {"name": "empty"}}, {"fallback": {"answer": 1, "name": "one"}}),
+        ({"breaker": {"slow_rate": 0.5, "open_for": 10}}, {"breaker": {"slow_after": 1, "open_for": 3}}),
+        ({"breaker": {"slow_rate": 0.5}}, {"breaker": {"slow_after": 1, "slow_rate": 0.4}}),
+        ({"breaker": {"min_calls": 30, "open_for": 10}}, {"breaker": {"window": 50, "open_for": 3}}),
+    ],
+    ids=str,
+)
+def test_defaults_need_not_be_enough_by_themselves(defaults, client):
+    """What they leave open, and what makes sense together with what the client says, is the client's to say."""
+    assert ("users",) == Policies.from_mapping({"defaults": defaults, "clients": {"users": client}}, environ={}).names
+
+
+def test_an_override_of_a_client_that_is_not_there_is_refused_where_it_looks_misspelt(toml):
+    """It would make a second client, and what it was to change would stay as it is. A name like no other is a further
+    client, and where the file names none, all are."""
+    error = refused(toml, "[clients.user-service]", overrides={"clients": {"user-servce": {"total": 3}}})
+    assert "overrides: clients.user-servce is about no client. Did you mean user-service?" in error
+    assert "Did you mean users?" in refused(Policies.from_env, "users", environ={}, overrides={"clients": {"user": {}}})
+    added = toml("[clients.user-service]", overrides={"clients": {"mail": {}}})
+    assert ("user-service", "mail") == added.names
+    assert ("mail",) == toml("", overrides={"clients": {"mail": {}}}).names
+    # Who gives a client that name means it.
+    environ = {"MESHKIT_POLICIES__DEFAULT__TOTAL": "20"}
+    assert ("default",) == Policies.from_env("default", environ=environ).names
 
 
 def test_two_names_that_are_one_variable_are_refused(toml):

@@ -215,7 +215,7 @@ def checked_allow(allow: Mapping[str, str]) -> dict[str, str]:
         )
     for key, reason in allow.items():
         if key not in FINDINGS:
-            raise ConfigurationError(f"allow names {key!r}, and there is no such finding.", nearest(key, FINDINGS))
+            raise ConfigurationError(f"allow names {key!r}, and there is no such finding.", nearest(str(key), FINDINGS))
         if not isinstance(cast("object", reason), str) or not reason.strip():
             raise ConfigurationError(f"allow says of {key!r} why it is wanted, not {reason!r}.")
     return dict(allow)

@@ -24,15 +24,17 @@ and no digit: `MESHKIT_POLICIES__USER_SERVICE__RETRY__ATTEMPTS=5`, `MESHKIT_POLI
 
 What is said of a client goes before what is said of all (`defaults`); of each, an argument (`overrides=`) before the
 environment, the environment before the file, the file before the preset. A part's keywords are joined, so that an
-override names only what differs.
+override names only what differs. Values of `defaults` are checked also where no client is made from them.
 """
 
 from __future__ import annotations
 
 import builtins
 import copy
+import difflib
 import functools
 import importlib
+import math
 import os
 import re
 import tomllib
@@ -41,7 +43,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final, Literal, Self, cast
 
-from meshkit.core.clock import SYSTEM_CLOCK, Clock
+from meshkit.core.clock import SYSTEM_CLOCK, Clock, check_clock
 from meshkit.core.explain import Explanation, nearest
 from meshkit.core.pipeline import Pipeline
 from meshkit.core.settings import seconds
@@ -94,7 +96,8 @@ def _length(value: object, text: bool) -> float:
 
 def _some_time(value: object, text: bool) -> float:
     length = _length(value, text)
-    if length <= 0:
+    # Said so that NaN is refused too.
+    if not 0 < length < math.inf:
         raise ValueError("it is how long a call may take, so above 0, or false for no limit")
     return length
 
@@ -127,7 +130,8 @@ def _or_off(parse: Parse, value: object, text: bool) -> Any:
 def _word(words: tuple[str, ...], value: object, text: bool) -> str:
     if value in words:
         return str(value)
-    raise ValueError(f"it is {' or '.join(map(repr, words))}. {nearest(str(value), words)}".rstrip())
+    near = f". {nearest(value, words)}" if isinstance(value, str) and difflib.get_close_matches(value, words) else ""
+    raise ValueError(f"it is {' or '.join(map(repr, words))}{near}")
 
 
 def _text(value: object, text: bool) -> str:
@@ -222,6 +226,15 @@ _LEFT_OUT: Final[Mapping[str, frozenset[str]]] = {
     "standard": frozenset(),
     "messaging": frozenset({"total", "retry", "budget", "hedge", "bulkhead"}),
 }
+# What a part, or a value of it, cannot be without: for looking at the rest of it where no client says that.
+_NEEDED: Final[Mapping[str, Mapping[str, Any]]] = {
+    "fallback": {"answer": None},
+    "breaker": {"slow_after": 1.0},
+    "hedge": {"delay": 0.0},
+    "rate_limiter": {"permits": 1},
+}
+# A name is taken for a misspelt one when it is so much like one that is known.
+_ALIKE: Final = 0.8
 
 
 @dataclass(frozen=True, slots=True)
@@ -268,13 +281,19 @@ class Policies:
 
         Args:
             path: a TOML file with `[defaults]` and `[clients.<name>]`.
-            overrides: what goes before everything else, in the form of the file.
+            overrides: what goes before everything else, in the form of the file. A client that the file does not name is
+                added, unless its name is so near to one of those that it looks misspelt.
             environ: the environment; that of the process where left out.
             clock: where all policies have time and chance from.
 
         Raises:
             ConfigurationError: the file cannot be read, or something in it cannot work.
         """
+        if not isinstance(cast("object", path), str | os.PathLike):
+            raise ConfigurationError(
+                f"policies are read from a file by its path, not from {path!r}.",
+                "from_mapping takes what it would hold.",
+            )
         try:
             with Path(path).open("rb") as file:
                 read = tomllib.load(file)
@@ -332,19 +351,34 @@ class Policies:
         environ: Mapping[str, str] | None,
         clock: Clock,
     ) -> Self:
+        check_clock(clock)
         problems: list[str] = []
+        problems.extend(
+            f'{name!r} names no client: each name is a text of its own, from_env("users", "mail").'
+            for name in names
+            if not _is_name(name)
+        )
+        names = tuple(filter(_is_name, names))
+        variables: object = os.environ if environ is None else environ
+        if not isinstance(variables, Mapping):
+            problems.append(f"environ is {variables!r}: it is the variables by name, as os.environ is.")
+            variables = {}
         low = [_read(mapping, where, problems) for where, mapping in files]
         high = [] if overrides is None else [_read(overrides, "overrides: ", problems)]
-        clients = dict.fromkeys((*names, *(name for layer in (*low, *high) for name in layer.clients)))
-        variables = os.environ if environ is None else environ
-        from_env = _read_variables(variables, tuple(clients), not (files or names), problems)
+        known = dict.fromkeys((*names, *(name for layer in low for name in layer.clients)))
+        for layer in high:
+            _check_known(layer, known, problems)
+        clients = dict.fromkeys((*known, *(name for layer in high for name in layer.clients)))
+        from_env = _read_variables(cast("Mapping[str, str]", variables), tuple(clients), not (files or names), problems)
         clients.update(dict.fromkeys(from_env.clients))
         layers = [*low, from_env, *high]
         pipelines: dict[str, Pipeline] = {}
+        used: set[int] = set()
         for name in clients:
-            made = _pipeline(name, layers, clock, problems)
+            made = _pipeline(name, layers, clock, problems, used)
             if made is not None:
                 pipelines[name] = made
+        _check_unused(layers, clock, problems, used)
         # Defaults are wrong once, not once a client.
         problems = list(dict.fromkeys(problems))
         if len(problems) == 1:
@@ -381,20 +415,39 @@ class Policies:
 # -- reading a source -------------------------------------------------------------------------------------------------
 
 
-def _read(mapping: Mapping[str, object], where: str, problems: list[str]) -> _Layer:
+def _is_name(name: object) -> bool:
+    return isinstance(name, str) and bool(name)
+
+
+def _read(mapping: object, where: str, problems: list[str]) -> _Layer:
     """What a file says. All that is wrong goes to `problems`, and reading goes on."""
     layer = _Layer()
-    for key, value in mapping.items():
+    for key, value in _table(mapping, where.removesuffix(": ") or "the mapping", problems).items():
         if key == DEFAULTS:
             table = _table(value, f"{where}{DEFAULTS}", problems)
             layer.defaults = dict(_client(table, f"{where}{DEFAULTS}", problems))
         elif key == "clients":
             for name, said in _table(value, f"{where}clients", problems).items():
                 path = f"{where}clients.{name}"
+                if not _is_name(name):
+                    problems.append(f"{where}clients has a table {name!r}, and a client's name is a text.")
+                    continue
                 layer.clients[name] = dict(_client(_table(said, path, problems), path, problems))
         else:
             problems.append(f"{where}{key} is nothing there is. {nearest(str(key), (DEFAULTS, 'clients'))}")
     return layer
+
+
+def _check_known(layer: _Layer, known: Mapping[str, None], problems: list[str]) -> None:
+    """Take out of overrides what is about a client that is there by nearly that name: what it was to change would stay
+    as it is, and nobody would notice."""
+    for name in [name for name in layer.clients if name not in known]:
+        if difflib.get_close_matches(name, known, cutoff=_ALIKE):
+            del layer.clients[name]
+            problems.append(
+                f"overrides: clients.{name} is about no client. {nearest(name, known)} A further one with a name so much"
+                " alike is named where those are."
+            )
 
 
 def _table(value: object, where: str, problems: list[str]) -> Mapping[str, object]:
@@ -443,7 +496,11 @@ def _one(
     try:
         yield path, _Given(parse(value, text), where)
     except ValueError as error:
-        problems.append(f"{where} is {value!r}: {str(error).rstrip('.')}.")
+        problems.append(f"{where} is {value!r}: {_sentence(str(error))}")
+
+
+def _sentence(text: str) -> str:
+    return text if text.endswith((".", "?")) else f"{text}."
 
 
 def _parser(path: tuple[str, ...]) -> Parse | str:
@@ -453,14 +510,16 @@ def _parser(path: tuple[str, ...]) -> Parse | str:
             return functools.partial(_or_off, _some_time)
         if path[0] == "preset":
             return functools.partial(_word, _PRESETS)
-        return _part_switch if path[0] in PARTS else nearest(path[0], _KEYS)
+        return _part_switch if path[0] in PARTS else nearest(str(path[0]), _KEYS)
     keys: Parse | Mapping[str, Any] = PARTS
     known: Mapping[str, Any] = dict.fromkeys(_KEYS)
+    if path[0] in known and path[0] not in PARTS:
+        return f"{path[0]} is one value."
     for key in path:
         if not isinstance(keys, Mapping):
             return ""
         if key not in keys:
-            return nearest(key, known)
+            return nearest(str(key), known)
         keys = cast("Parse | Mapping[str, Any]", keys[key])
         known = cast("Mapping[str, Any]", keys)
     return _only_table if isinstance(keys, Mapping) else keys
@@ -496,6 +555,13 @@ def _read_variables(environ: Mapping[str, str], names: tuple[str, ...], any_name
         client, *keys = variable.removeprefix(PREFIX).split("__")
         said = known.get(client)
         if said is None:
+            if not client:
+                problems.append(f"{variable} names no client. It begins like {PREFIX}USER_SERVICE__TOTAL.")
+                continue
+            # Not as a client: nobody has given a name to any, and its settings would hold for none there is.
+            if any_name and difflib.get_close_matches(client, [DEFAULTS.upper()], cutoff=_ALIKE):
+                problems.append(f"{variable} is about no client. Did you mean {DEFAULTS.upper()}?")
+                continue
             if not any_name:
                 problems.append(f"{variable} is about no client. {nearest(client, known)}")
                 continue
@@ -503,7 +569,11 @@ def _read_variables(environ: Mapping[str, str], names: tuple[str, ...], any_name
         path = tuple(key.lower() for key in keys)
         if not path:
             problems.append(f"{variable} names no setting. It ends like {PREFIX}{client}__RETRY__ATTEMPTS.")
-        elif path[0] == "allow" and len(path) == 2:
+        elif path[0] == "allow" and len(path) != 2:
+            problems.append(
+                f"{variable} names no finding. It ends like {PREFIX}{client}__ALLOW__JITTER_OFF, and holds the reason."
+            )
+        elif path[0] == "allow":
             said["allow", path[1].replace("_", "-")] = _Given(text, variable)
         else:
             found = list(_one(path, text, variable, True, problems))
@@ -517,7 +587,8 @@ def _read_variables(environ: Mapping[str, str], names: tuple[str, ...], any_name
 # -- making a pipeline ------------------------------------------------------------------------------------------------
 
 
-def _pipeline(name: str, layers: list[_Layer], clock: Clock, problems: list[str]) -> Pipeline | None:
+def _pipeline(name: str, layers: list[_Layer], clock: Clock, problems: list[str], used: set[int]) -> Pipeline | None:
+    """One client's pipeline; `None` where something is wrong. What it is made from goes to `used`, by its id."""
     own = [layer.clients.get(name, {}) for layer in layers]
     preset: Literal["standard", "messaging"] = "standard"
     for said in (*(layer.defaults for layer in layers), *own):
@@ -529,7 +600,22 @@ def _pipeline(name: str, layers: list[_Layer], clock: Clock, problems: list[str]
         _lay(given, {path: one for path, one in layer.defaults.items() if len(path) != 1 or path[0] not in left_out})
     for said in own:
         _lay(given, said)
-    return _Making(name, preset, given, clock, problems).pipeline()
+    making = _Making(name, preset, given, clock, problems)
+    # What defaults say of a budget is for whoever has a use for it; what a client says is meant.
+    budget = next((said["budget",] for said in reversed(own) if ("budget",) in said), None)
+    if budget is not None and budget.value and not (making.has("retry") or making.has("hedge")):
+        problems.append(f"{budget.where} bounds retries and hedges, and client {name!r} has neither: leave it out.")
+    made = making.pipeline()
+    used.update(making.used)
+    return made
+
+
+def _check_unused(layers: list[_Layer], clock: Clock, problems: list[str], used: set[int]) -> None:
+    """Say what is wrong with those defaults that no client is made from."""
+    given: dict[tuple[str, ...], _Given] = {}
+    for layer in layers:
+        _lay(given, layer.defaults)
+    _Making(DEFAULTS, "standard", given, clock, problems).check(used)
 
 
 def _lay(given: dict[tuple[str, ...], _Given], said: Mapping[tuple[str, ...], _Given]) -> None:
@@ -558,28 +644,30 @@ class _Making:
         self._given = given
         self._clock = clock
         self._problems = problems
+        # Ids of the values that parts were made with.
+        self.used: set[int] = set()
+
+    def has(self, part: str) -> bool:
+        """Whether there is a retry, say, in what is made."""
+        switch = self._given.get((part,))
+        return self._preset == "standard" and part == "retry" if switch is None else bool(switch.value)
 
     def pipeline(self) -> Pipeline | None:
         before = len(self._problems)
         options: dict[str, Any] = {
             key: given.value for key in _LENGTHS if (given := self._given.get((key,))) is not None
         }
-        make: dict[str, Callable[[dict[str, Any]], object]] = {
-            "fallback": lambda keys: Fallback(**keys),
-            "budget": lambda keys: RetryBudget(self._name, **keys, clock=self._clock),
-            "breaker": lambda keys: CircuitBreaker(self._name, **keys, clock=self._clock),
-            "rate_limiter": lambda keys: RateLimiter(self._name, **keys, clock=self._clock),
-            "bulkhead": lambda keys: Bulkhead(self._name, **keys, clock=self._clock),
-        }
-        for part, made in make.items():
-            self._add(options, part, made)
+        for part in PARTS:
+            if part not in ("budget", "retry", "hedge"):
+                self._add(options, part)
         # Retries and hedges draw on one budget.
+        self._add(options, "budget")
         if "budget" in options:
             budget = cast("RetryBudget | None", options.pop("budget"))
         else:
             budget = presets.budget_of(self._name, self._clock)
-        self._add(options, "retry", lambda keys: self._retry(keys, budget))
-        self._add(options, "hedge", lambda keys: Hedge(**keys, budget=budget, clock=self._clock))
+        self._add(options, "retry", budget)
+        self._add(options, "hedge", budget)
         if self._preset == "standard" and "retry" not in options:
             options["retry"] = self._retry(dict(presets.KEYWORDS["retry"]), budget)
         allow = {path[1]: given.value for path, given in self._given.items() if path[0] == "allow"}
@@ -592,7 +680,20 @@ class _Making:
             self._wrong(error, "allow" if "allow" in error.cause else "")
             return None
 
-    def _add(self, options: dict[str, Any], part: str, make: Callable[[dict[str, Any]], object]) -> None:
+    def check(self, used: set[int]) -> None:
+        """Make each part that has values which are in no client's, and say what is wrong with those."""
+        for part in PARTS:
+            values = [given for path, given in self._given.items() if path[0] == part and len(path) > 1]
+            if all(id(given) in used for given in values):
+                continue
+            try:
+                self._make(part, {**_NEEDED.get(part, {}), **self._keys(part)}, None)
+            except ConfigurationError as error:
+                # What a client is made from, it makes sense of together with its own.
+                if not any(id(given) in used for given in self._named(error, part) or values):
+                    self._wrong(error, part)
+
+    def _add(self, options: dict[str, Any], part: str, budget: RetryBudget | None = None) -> None:
         """Make a part, where anything is said of it."""
         switch = self._given.get((part,))
         if switch is None:
@@ -600,12 +701,9 @@ class _Making:
         if not switch.value:
             options[part] = None
             return
-        keys = dict(presets.KEYWORDS.get(part, {}))
-        for path, given in self._given.items():
-            if path[0] == part and len(path) == 2:
-                keys[path[1]] = given.value
+        self.used.update(id(given) for path, given in self._given.items() if path[0] == part)
         try:
-            options[part] = make(keys)
+            options[part] = self._make(part, self._keys(part), budget)
         except ConfigurationError as error:
             self._wrong(error, part)
         except TypeError as error:
@@ -615,20 +713,43 @@ class _Making:
                 raise
             self._problems.append(f"{switch.where} needs {' and '.join(missing)}.")
 
+    def _keys(self, part: str) -> dict[str, Any]:
+        """The keywords of a part."""
+        given = {path[1]: one.value for path, one in self._given.items() if path[0] == part and len(path) == 2}
+        return {**presets.KEYWORDS.get(part, {}), **given}
+
+    def _make(self, part: str, keys: dict[str, Any], budget: RetryBudget | None) -> object:
+        match part:
+            case "fallback":
+                return Fallback(**keys)
+            case "budget":
+                return RetryBudget(self._name, **keys, clock=self._clock)
+            case "retry":
+                return self._retry(keys, budget)
+            case "hedge":
+                return Hedge(**keys, budget=budget, clock=self._clock)
+            case "breaker":
+                return CircuitBreaker(self._name, **keys, clock=self._clock)
+            case "rate_limiter":
+                return RateLimiter(self._name, **keys, clock=self._clock)
+            case _:
+                return Bulkhead(self._name, **keys, clock=self._clock)
+
     def _retry(self, keys: dict[str, Any], budget: RetryBudget | None) -> Retry:
         waits = {path[2]: given.value for path, given in self._given.items() if path[:2] == ("retry", "backoff")}
         if waits:
             keys["backoff"] = Backoff(**waits)
         return Retry(**keys, budget=budget, clock=self._clock)
 
+    def _named(self, error: ConfigurationError, part: str) -> list[_Given]:
+        """The values that a policy's own complaint is about."""
+        words = set(re.findall(r"\w+", error.cause.partition(",")[0]))
+        return [given for path, given in self._given.items() if path[0] == part and len(path) > 1 and path[-1] in words]
+
     def _wrong(self, error: ConfigurationError, part: str) -> None:
         """Say of a policy's own complaint where the value stands that it is about."""
-        words = set(re.findall(r"\w+", error.cause.partition(",")[0]))
-        named = [
-            given.where
-            for path, given in self._given.items()
-            if path[0] == part and len(path) > 1 and path[-1] in words
-        ]
         switch = self._given.get((part,))
-        where = " and ".join(named) or (switch.where if switch is not None else f"client {self._name!r}")
+        where = " and ".join(given.where for given in self._named(error, part)) or (
+            switch.where if switch is not None else f"client {self._name!r}"
+        )
         self._problems.append(f"{where}: {error.cause} {error.remedy}".rstrip())
