@@ -97,6 +97,18 @@ async def test_forced_open_seen_and_released(fleet: Fleet) -> None:
     assert [name, "closed", "0", "released"] == (await fleet.run("list")).out.splitlines()[1].split()
 
 
+async def test_one_whose_time_is_over_was_not_released(fleet: Fleet) -> None:
+    """A switch that ended by itself is listed as expired, and what was planned upon it says the same."""
+    name = fleet.breaker.name
+    await fleet.shared.refresh()
+    await fleet.shared.force_open(name, seconds=0.001, by="alice")
+    await asyncio.sleep(0.01)
+    listed = await fleet.run("list")
+    assert (0, "expired") == (listed.code, listed.out.splitlines()[1].split()[-1])
+    planned = await fleet.run("release", name, "--dry-run")
+    assert f"plan: {name!r} would be released; as it stands: expired, by alice\n" == planned.err
+
+
 async def test_without_a_time_it_stays_until_released(fleet: Fleet) -> None:
     """Without `--for` the breaker is isolated, and `--json` says what was written."""
     await fleet.shared.refresh()
@@ -122,13 +134,16 @@ async def test_a_dry_run_changes_nothing(fleet: Fleet) -> None:
 
 
 async def test_a_name_that_no_process_has_is_stopped(fleet: Fleet) -> None:
-    """A misspelt name ends with 4 and the name that was meant; `--anyway` writes it all the same."""
+    """A misspelt name ends with 4 and the name that was meant, with `--json` too; `--anyway` writes it all the same."""
     name = fleet.breaker.name
     await fleet.shared.refresh()
     for words in (("force-open", f"{name}s"), ("release", f"{name}s"), ("force-open", f"{name}s", "--dry-run")):
         stopped = await fleet.run(*words)
         assert (4, "") == (stopped.code, stopped.out)
         assert f"did you mean {name!r}?" in stopped.err
+        stopped = await fleet.run(*words, "--json")
+        told = {"breaker": f"{name}s", "switch": None, "written": False, "known": False, "near": [name]}
+        assert (4, told) == (stopped.code, json.loads(stopped.out))
     assert [name] == list(await fleet.rows())
     assert 0 == (await fleet.run("force-open", f"{name}s", "--anyway")).code
     assert {name, f"{name}s"} == set(await fleet.rows())

@@ -56,7 +56,9 @@ def breaker_list(redis: Redis = DEFAULT_URL, prefix: Prefix = DEFAULT_PREFIX, as
         show(f"{'breaker':<{width}}  {'state':<9}  {'failures':>8}  {'opened':<20}  switch")
         for row, forced in zip(rows, on, strict=True):
             opened = "" if row.opened_at is None or row.state == "closed" else _date(row.opened_at)
-            said = row.problem or ("" if row.switch is None else _told(row.switch, now) if forced else "released")
+            said = row.problem or (
+                "" if row.switch is None else _told(row.switch, now) if forced else _ended(row.switch)
+            )
             show(f"{row.name:<{width}}  {row.state:<9}  {row.failures:>8}  {opened:<20}  {said}".rstrip())
     if any(on):
         raise Stopped(3)
@@ -80,7 +82,7 @@ def breaker_force_open(
     from meshkit.policies.shared_state import SharedState
 
     seconds = _seconds(length) if length else None
-    store = _store(redis, prefix, name, anyway=anyway)
+    store = _store(redis, prefix, name, anyway=anyway, as_json=as_json)
     switches = SharedState(store)
     lasts = "until it is released" if seconds is None else f"for {length}"
     if dry_run:
@@ -105,7 +107,7 @@ def breaker_release(
     """Take a force-open back: the breakers of that name close. Also for a process whose switch the store has lost."""
     from meshkit.policies.shared_state import SharedState
 
-    store = _store(redis, prefix, name, anyway=anyway)
+    store = _store(redis, prefix, name, anyway=anyway, as_json=as_json)
     switches = SharedState(store)
     if dry_run:
         _planned(switches, name, f"{name!r} would be released", as_json=as_json)
@@ -115,7 +117,7 @@ def breaker_release(
     _done(name, word, f"{name!r} is released", ours=not word.on and word.by == said, as_json=as_json)
 
 
-def _store(redis: str, prefix: str, name: str, *, anyway: bool) -> BreakerStore:
+def _store(redis: str, prefix: str, name: str, *, anyway: bool, as_json: bool) -> BreakerStore:
     from meshkit.redis import BreakerStore
 
     store = BreakerStore(redis, prefix=prefix)
@@ -123,6 +125,8 @@ def _store(redis: str, prefix: str, name: str, *, anyway: bool) -> BreakerStore:
     if name not in names and not anyway:
         # In an outage, a misspelt name that is taken would look like a switch that does not work.
         near = difflib.get_close_matches(name, names, 3, 0.5)
+        if as_json:
+            show_json({"breaker": name, "switch": None, "written": False, "known": False, "near": near})
         known = "1 other" if len(names) == 1 else f"{len(names) or 'no'} others"
         other = f"did you mean {' or '.join(map(repr, near))}?" if near else f"it knows {known}."
         say(
@@ -154,12 +158,17 @@ def _done(name: str, word: Switch, done: str, *, ours: bool, as_json: bool) -> N
 def _told(word: Switch, now: float) -> str:
     left = word.left(now)
     if not left:
-        what = "released" if not word.on else "over"
+        what = _ended(word)
     elif word.until is None:
         what = "forced open until released"
     else:
         what = f"forced open until {_date(word.until)}, {_rest(left)} left"
     return printable(", ".join(filter(None, (what, f"by {word.by}" if word.by else "", word.reason))))
+
+
+def _ended(word: Switch) -> str:
+    """How a switch that rejects nothing any more came to its end: by its time, or by an operator."""
+    return "expired" if word.on else "released"
 
 
 def _date(when: float) -> str:
