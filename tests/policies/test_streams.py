@@ -252,13 +252,14 @@ async def test_a_stream_that_ends_in_time_leaves_no_timer(clock, ended):
 
 
 async def test_a_reader_that_stalls_is_told_at_its_next_read(clock):
-    """Where the time is over while nobody reads, nobody is cancelled; the next read gets the error, and it is judged."""
+    """Where the time is over while nobody reads, nobody is cancelled; the call is judged and lets go of what it holds
+    there and then, and the next read gets the error and closes the generator."""
     place, breaker, feed = Place(), CircuitBreaker("prices", clock=clock), Feed([1, 2])
     stream = guarded(feed, place, breaker, Timeout(2.0, clock=clock))()
     assert 1 == await anext(stream)
     await clock.advance(60.0)
     assert 0 == asyncio.current_task().cancelling()
-    assert (1, 0) == (place.held, feed.closed)
+    assert (0, 0, 1) == (place.held, feed.closed, breaker.counts["failure"])
     with pytest.raises(AttemptTimeoutError):
         await anext(stream)
     assert (0, 1, 1) == (place.held, feed.closed, breaker.counts["failure"])

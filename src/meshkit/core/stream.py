@@ -171,6 +171,8 @@ class Stream(AsyncGenerator[Any, Any]):
     async def _end_late(self, make: Callable[[], Exception]) -> None:
         """Close what was stopped while nobody read, and raise."""
         error = make()
+        # It will hold its traceback, and that this stream.
+        self._stopped = None
         try:
             try:
                 await _close(self._begun)
@@ -179,14 +181,21 @@ class Stream(AsyncGenerator[Any, Any]):
             raise error
         finally:
             # It holds its traceback, and that this frame.
-            del error
+            del error, make
 
     def _stop(self, make: Callable[[], Exception]) -> None:
-        if not self._over and self._stopped is None:
+        if self._over or self._stopped is not None:
+            return
+        if self._reader is not None:
             self._stopped = make
-            if self._reader is not None:
-                self._stopping = True
-                self._reader.cancel()
+            self._stopping = True
+            self._reader.cancel()
+            return
+        # Nobody reads, and perhaps nobody will: the call is over now, and what it holds is there for others. Whoever
+        # reads on is told, and the generator closed.
+        error = make()
+        self._stopped = lambda: error
+        self._call.end(Outcome(error=error))
 
     def _let_go(self) -> bool:
         """Take back our cancellation of the reader. Whether there was one, and nobody else has cancelled it besides."""
