@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import inspect
 import io
 import re
@@ -229,3 +230,22 @@ def test_every_name_of_pybreaker_and_tenacity_is_told() -> None:
     options = {*inspect.signature(pybreaker.CircuitBreaker).parameters}
     assert set() == (ours | methods | options) - words("Circuit breaker", "pybreaker")
     assert set() == {*inspect.signature(tenacity.AsyncRetrying).parameters} - words("Retry", "tenacity")
+
+
+def test_what_can_be_replaced_is_what_only_holds_options() -> None:
+    """The row that says of which classes `dataclasses.replace` makes another one is right of all that it names."""
+    (row,) = (ours for *_, ours in rows("All of them") if "dataclasses.replace" in ours)
+    replaced, anew = (re.search(r"\((.*?)\)", part) for part in row.split("; what holds state"))
+    assert replaced is not None
+    assert anew is not None
+    for names, options in ((replaced[1], True), (anew[1], False)):
+        for name in names.split(", "):
+            assert options is dataclasses.is_dataclass(getattr(meshkit, name)), name
+
+
+def test_what_the_page_imports_can_be_imported() -> None:
+    """The import lines within its sentences work as they stand."""
+    lines = re.findall(r"`(from meshkit\S* import \w+)`", PAGE.read_text(encoding="utf-8"))
+    assert 2 == len(lines)
+    for line in lines:
+        exec(line, {})
