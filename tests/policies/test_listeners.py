@@ -121,7 +121,7 @@ async def test_the_story_has_every_event_of_the_policies(clock, hear):
     assert "closed" == state
     assert 2 == counts["failure"]
     assert [
-        CircuitOpenError,
+        OSError,
         CircuitOpenError,
         "kept",
         BulkheadFullError,

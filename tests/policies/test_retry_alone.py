@@ -810,7 +810,9 @@ async def test_a_note_is_written_where_there_was_a_retry(clock, attempts):
 @pytest.mark.parametrize(
     ("reason", "exhausts", "error", "options"),
     [
-        ("attempts", True, OSError(), {"attempts": 1}),
+        ("attempts", True, OSError(), {"attempts": 2}),
+        # Nothing was tried again, so nothing was used up.
+        ("attempts", False, OSError(), {"attempts": 1}),
         ("deadline", True, OSError(), {"within": 0.01}),
         ("budget", True, OSError(), {"budget": RetryBudget(ratio=0, at_least=0)}),
         ("breaker", False, CircuitOpenError(policy="prices", retry_after=3.0), {}),
@@ -820,7 +822,7 @@ async def test_a_note_is_written_where_there_was_a_retry(clock, attempts):
 )
 async def test_what_used_retries_up_is_known_further_up(clock, sync, reason, exhausts, error, options):
     """The scope learns that retries were used up; an error that no retry helps, or a refusal, used none."""
-    fn, _ = scripted(sync, error)
+    fn, _ = scripted(sync, error, error)
     with scope_open(Scope()) as scope, pytest.raises(type(error)) as caught:
         await called(guarded("alone", Retry(backoff=NONE, clock=clock, **options), fn))
     assert reason == retry_end(caught.value)

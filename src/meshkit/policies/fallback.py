@@ -346,7 +346,10 @@ class Fallback:
         if isinstance(error, TimeoutError):
             return "timeout"
         # An error says what ended its retry; for a result there is only what the request has learnt during this call.
-        ended = retry_end(error) in _EXHAUSTED if error is not None else not exhausted and _exhausted()
+        end = None if error is None else retry_end(error)
+        if end == "breaker" or end == "rejected":
+            return "breaker_open" if end == "breaker" else "rejected"
+        ended = end in _EXHAUSTED if error is not None else not exhausted and _exhausted()
         return "retries_exhausted" if ended else "error"
 
     def _answered(

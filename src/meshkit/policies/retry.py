@@ -53,9 +53,6 @@ _GIVE_WAY: Final = 64
 _CIRCUIT_OPEN: Final = "MK501"
 _UNKNOWN: Final = Judgement()
 
-# Ends after which trying again further up would only multiply the attempts.
-_EXHAUSTS: Final = frozenset({"attempts", "deadline", "budget", "server"})
-
 # Where an error carries what ended its retry: see `retry_end`.
 _END: Final = "meshkit_retry_end"
 
@@ -63,8 +60,8 @@ _END: Final = "meshkit_retry_end"
 def retry_end(error: BaseException) -> RetryEnd | None:
     """What ended the retry that `error` came out of: one of the reasons of `RetryEnded`.
 
-    `"attempts"` were used up, the `"deadline"` (or `within`) would have passed, the `"budget"` was empty, an open
-    `"breaker"` or another policy (`"rejected"`) refused, the `"server"` said that it has retried enough itself, or the
+    `"attempts"` were used up, the `"deadline"` (or `within`) would have passed, the `"budget"` was empty, a `"breaker"`
+    was open, or another policy refused (`"rejected"`), the `"server"` said that it has retried enough itself, or the
     error was `"not_retryable"`. Of retries in each other it is the outermost one's.
 
     Returns:
@@ -171,6 +168,10 @@ class Retry:
     another refusal (unless `patient`), the other side saying that it has retried enough itself, or an error that is not
     worth another attempt. The last real error is raised as it is, with a note; `meshkit.retry_end(error)` says which of
     these it was. A result that is still not satisfying after the last attempt is returned.
+
+    A breaker inside that opens by an attempt ends it at once, without a wait. Where a later attempt is refused, the
+    error or result of the one before is what the call comes to. The refusal itself is raised where nothing came before
+    it, and where that was a result which has been disposed of: one with a `discard`, or one that an edge leads.
 
     Cancellation is never retried, whatever a predicate says: none is asked. Nor is anything else that is no `Exception`.
 
@@ -431,10 +432,14 @@ class Retry:
         return self.on is not None or call is None or call.judge is None or not call.judge(Outcome(result)).retry
 
     async def _go_on(self, call: Call, call_next: Next[T], outcome: Outcome, started: float, mark: int) -> T:
-        run = _Run(self, call, started, turned_down=outcome.error is None)
+        keeps = self.discard is None and call.discard is None
+        run = _Run(self, call, started, turned_down=outcome.error is None, keeps=keeps)
         current = call
         try:
             while True:
+                if outcome.error is not None and current.ends:
+                    # It is over. A breaker that judges at the end opens now, so that nobody waits for it.
+                    current.end(outcome, since=mark if current is call else 0)
                 try:
                     delay = run.decide(current, outcome) if run.own else await run.ask(current, outcome)
                 except (Exception, asyncio.CancelledError) as error:
@@ -445,6 +450,7 @@ class Retry:
                         await run.dispose(current, outcome)
                     raise
                 if delay is None:
+                    outcome = run.last(outcome)
                     if outcome.error is None:
                         return cast("T", outcome.result)
                     run.note(outcome.error)
@@ -456,7 +462,8 @@ class Retry:
                     finally:
                         if current.ends:
                             current.end(outcome, since=mark if current is call else 0)
-                    if delay > 0:
+                    # Where a breaker has opened by a result, only at its end, the next attempt is refused at once.
+                    if delay > 0 and (current.opened is None or self.patient):
                         await self.clock.sleep(delay)
                     elif run.attempts % _GIVE_WAY == 0:
                         await self.clock.sleep(0)
@@ -464,6 +471,7 @@ class Retry:
                     run.not_made()
                     raise
                 current = current.again()
+                call.opened = None
                 try:
                     outcome = Outcome(await call_next(current))
                 except Exception as error:
@@ -476,10 +484,13 @@ class Retry:
             del outcome, run
 
     def _go_on_sync(self, call: Call, call_next: NextSync[T], outcome: Outcome, started: float, mark: int) -> T:
-        run = _Run(self, call, started, turned_down=outcome.error is None)
+        keeps = self.discard is None and call.discard is None
+        run = _Run(self, call, started, turned_down=outcome.error is None, keeps=keeps)
         current = call
         try:
             while True:
+                if outcome.error is not None and current.ends:
+                    current.end(outcome, since=mark if current is call else 0)
                 try:
                     delay = (
                         run.decide(current, outcome)
@@ -492,6 +503,7 @@ class Retry:
                         run.dispose_sync(current, outcome)
                     raise
                 if delay is None:
+                    outcome = run.last(outcome)
                     if outcome.error is None:
                         return cast("T", outcome.result)
                     run.note(outcome.error)
@@ -503,12 +515,13 @@ class Retry:
                     finally:
                         if current.ends:
                             current.end(outcome, since=mark if current is call else 0)
-                    if delay > 0:
+                    if delay > 0 and (current.opened is None or self.patient):
                         self.clock.block(delay)
                 except BaseException:
                     run.not_made()
                     raise
                 current = current.again()
+                call.opened = None
                 try:
                     outcome = Outcome(call_next(current))
                 except Exception as error:
@@ -524,16 +537,21 @@ class _Run:
 
     Args:
         turned_down: whether `on_result` has said no to the first attempt's result: a predicate is asked once.
+        keeps: whether a result that was turned down can still be returned: nobody disposes of it.
 
     Attributes:
-        attempts: how many there were.
+        attempts: how many there were, refused ones too.
         own: whether all decisions are our own; else tenacity's strategies are to be asked.
     """
 
     __slots__ = (
         "_call",
+        "_keeps",
+        "_kept",
         "_previous",
+        "_reached",
         "_reason",
+        "_refused_by",
         "_retry",
         "_started",
         "_state",
@@ -543,7 +561,9 @@ class _Run:
         "own",
     )
 
-    def __init__(self, retry: Retry, call: Call, started: float, *, turned_down: bool = False) -> None:
+    def __init__(
+        self, retry: Retry, call: Call, started: float, *, turned_down: bool = False, keeps: bool = False
+    ) -> None:
         self._retry = retry
         self._call = call
         self._started = started
@@ -552,6 +572,11 @@ class _Run:
         self._state: RetryCallState | None = None
         self._turned_down = turned_down
         self._withdrawn = False
+        self._keeps = keeps
+        # What the last attempt that was not refused came to, while another one is made.
+        self._kept: tuple[Outcome, Judgement] | None = None
+        self._reached = 0
+        self._refused_by: str | None = None
         self.attempts = 0
         self.own = retry.retry is None and retry.wait is None and retry.stop is None
 
@@ -559,31 +584,29 @@ class _Run:
     # their place. tenacity's order: the wait is known before the stop is asked, so that a stop can look at it.
 
     def decide(self, attempt: Call, outcome: Outcome) -> float | None:
-        self.attempts += 1
-        judgement = _UNKNOWN if attempt.judge is None else attempt.judge(outcome)
+        judgement = self._counted(attempt, outcome)
         reason = self._against(outcome, judgement)
         if reason is None and self.attempts >= self._retry.attempts:
             reason = "attempts"
         if reason is not None:
-            return self._over(reason, outcome, judgement)
-        delay, from_server = self._at_least(self._backoff(), outcome, judgement)
-        return self._scheduled(delay, from_server, outcome, judgement)
+            return self._over(reason, attempt, outcome, judgement)
+        delay, from_server = self._at_least(self._backoff(), attempt, outcome, judgement)
+        return self._scheduled(delay, from_server, attempt, outcome, judgement)
 
     async def ask(self, attempt: Call, outcome: Outcome) -> float | None:
         retry = self._retry
-        self.attempts += 1
-        judgement = _UNKNOWN if attempt.judge is None else attempt.judge(outcome)
+        judgement = self._counted(attempt, outcome)
         state = self._told(outcome)
         wanted = False if retry.retry is None or isinstance(outcome.error, RejectedError) else retry.retry(state)
         reason = self._against(outcome, judgement, asked=bool(await wanted if inspect.isawaitable(wanted) else wanted))
         if reason is not None:
-            return self._over(reason, outcome, judgement)
+            return self._over(reason, attempt, outcome, judgement)
         if retry.wait is None:
             delay = self._backoff()
         else:
             wait = retry.wait(state)
             delay = float(await wait if inspect.isawaitable(wait) else wait)
-        delay, from_server = self._at_least(delay, outcome, judgement)
+        delay, from_server = self._at_least(delay, attempt, outcome, judgement)
         state.upcoming_sleep = delay
         if retry.stop is None:
             stopped = self.attempts >= retry.attempts
@@ -591,23 +614,35 @@ class _Run:
             stop = retry.stop(state)
             stopped = bool(await stop if inspect.isawaitable(stop) else stop)
         if stopped:
-            return self._over("attempts", outcome, judgement)
+            return self._over("attempts", attempt, outcome, judgement)
         # How long it has waited, as tenacity counts it: with the wait that is to come.
         state.idle_for += delay
-        return self._scheduled(delay, from_server, outcome, judgement)
+        return self._scheduled(delay, from_server, attempt, outcome, judgement)
 
     def failed_to_decide(self, error: Exception, outcome: Outcome) -> None:
         """A strategy of the user's has failed: what the call itself came to is not to be lost for that."""
         if error is not outcome.error and error.__context__ is None:
             error.__context__ = outcome.error
 
+    def last(self, outcome: Outcome) -> Outcome:
+        """What the call comes to: where the last attempt was refused, what the one before it came to, if it is still
+        to be had. It is asked once, after the end was decided."""
+        kept, self._kept = self._kept, None
+        return outcome if kept is None or not isinstance(outcome.error, RejectedError) else kept[0]
+
     def note(self, error: BaseException) -> None:
-        """Write on the last attempt's error what ended it."""
+        """Write on the error that comes out what ended it."""
         # Some errors cannot be written to.
         with contextlib.suppress(Exception):
             setattr(error, _END, self._reason)
-        if self.attempts > 1:
-            note = f"meshkit: gave up on {self._call.name!r} after {self.attempts} attempts, ended by {self._reason}"
+        if self.attempts > 1 or (self._reason == "breaker" and not isinstance(error, RejectedError)):
+            made = self._reached or self.attempts
+            note = (
+                f"meshkit: gave up on {self._call.name!r} after {made} attempt{'' if made == 1 else 's'}, "
+                f"ended by {self._reason}"
+            )
+            if self._refused_by is not None:
+                note += f": {self._refused_by} refused the next one"
             # Some libraries raise one and the same object over and over.
             if note not in getattr(error, "__notes__", ()):
                 with contextlib.suppress(Exception):
@@ -635,6 +670,13 @@ class _Run:
         """As `dispose`, for a plain function."""
         driven(self.dispose(attempt, outcome), "a result that has to be waited for when it is disposed of")
 
+    def _counted(self, attempt: Call, outcome: Outcome) -> Judgement:
+        """Count an attempt that has ended, and say what its edge says of it."""
+        self.attempts += 1
+        if not isinstance(outcome.error, RejectedError):
+            self._reached += 1
+        return _UNKNOWN if attempt.judge is None else attempt.judge(outcome)
+
     def _against(self, outcome: Outcome, judgement: Judgement, *, asked: bool = False) -> RetryEnd | None:
         """What speaks against another attempt, `None` if nothing does. `asked` is what tenacity's predicate said."""
         retry, error = self._retry, outcome.error
@@ -660,7 +702,7 @@ class _Run:
         self._previous = self._retry.backoff.wait(self.attempts, self._retry.clock, self._previous)
         return self._previous
 
-    def _at_least(self, delay: float, outcome: Outcome, judgement: Judgement) -> tuple[float, bool]:
+    def _at_least(self, delay: float, attempt: Call, outcome: Outcome, judgement: Judgement) -> tuple[float, bool]:
         """The wait, with what the other side or an open breaker asks for; and whether it was the other side."""
         if not delay >= 0:
             # A strategy of the user's may come to less than nothing, or to no number.
@@ -669,14 +711,20 @@ class _Run:
         after: object = judgement.retry_after
         if after is None:
             after = getattr(error, "retry_after", None)
-        seconds = 0.0 if after is None else _seconds_of(after, clock)
+        asked = 0.0 if after is None else _seconds_of(after, clock)
+        seconds = max(asked, attempt.opened or 0.0)
         if not seconds:
             return delay, False
-        return max(delay, seconds * (1 + _AFTER_SPREAD * clock.random())), not isinstance(error, RejectedError)
+        by_server = asked > 0 and not isinstance(error, RejectedError)
+        return max(delay, seconds * (1 + _AFTER_SPREAD * clock.random())), by_server
 
-    def _scheduled(self, delay: float, from_server: bool, outcome: Outcome, judgement: Judgement) -> float | None:
-        """The wait, if time and budget allow it; then it is told."""
+    def _scheduled(
+        self, delay: float, from_server: bool, attempt: Call, outcome: Outcome, judgement: Judgement
+    ) -> float | None:
+        """The wait, if breaker, time and budget allow it; then it is told."""
         retry = self._retry
+        if attempt.opened is not None and not retry.patient:
+            return self._over("breaker", attempt, outcome, judgement)
         scope = current_scope()
         ends = retry.clock.now() + delay
         if (
@@ -684,14 +732,16 @@ class _Run:
             or (retry.within is not None and ends >= self._started + retry.within)
             or (scope is not None and scope.deadline is not None and ends >= scope.deadline)
         ):
-            return self._over("deadline", outcome, judgement)
+            return self._over("deadline", attempt, outcome, judgement)
         # After a refusal nothing was sent, so another attempt puts nothing on top.
         self._withdrawn = False
         if retry.budget is not None and not isinstance(outcome.error, RejectedError):
             self._withdrawn = retry.budget.withdraw()
             if not self._withdrawn:
                 emit(RetryBudgetExhausted(source=retry.budget.name or self._call.name, kind="retry"))
-                return self._over("budget", outcome, judgement)
+                return self._over("budget", attempt, outcome, judgement)
+        if not isinstance(outcome.error, RejectedError):
+            self._kept = (outcome, judgement) if self._keeps or outcome.error is not None else None
         if RetryScheduled.heard:
             emit(
                 RetryScheduled(
@@ -716,24 +766,46 @@ class _Run:
                 )
         return delay
 
-    def _over(self, reason: RetryEnd, outcome: Outcome, judgement: Judgement) -> float | None:
+    def _over(self, reason: RetryEnd, attempt: Call, outcome: Outcome, judgement: Judgement) -> float | None:
         """Remember what ended it; there is no delay any more."""
         self._reason = reason
-        if reason in _EXHAUSTS:
-            scope = current_scope()
-            if scope is not None:
-                scope.mark_exhausted()
+        scope, opened, refusal = current_scope(), attempt.opened, outcome.error
+        if isinstance(refusal, RejectedError) and self._kept is not None:
+            # What comes out says nothing of the refusal, so whoever handles the request or message learns of it here.
+            outcome, judgement = self._kept
+            self._refused_by = repr(refusal.policy) if refusal.policy else "a policy"
+            after = refusal.retry_after
+            if refusal.code == _CIRCUIT_OPEN:
+                # Isolated, or with its probes under way, it cannot say when.
+                opened = after = 0.0 if after is None else after
+            if scope is not None and after is not None:
+                scope.note_opened(after)
+        if opened is not None:
+            # For a Retry around this one.
+            self._call.opened = opened
+        if scope is not None and self._exhausts(reason, outcome):
+            scope.mark_exhausted()
         # A result that satisfies is the end of a call, and of nothing else.
         if RetryEnded.heard and (outcome.error is not None or judgement.error_type or reason != "not_retryable"):
             emit(
                 RetryEnded(
                     source=self._call.name,
-                    attempts=self.attempts,
+                    attempts=self._reached or self.attempts,
                     reason=reason,
                     error_type=_type_of(outcome, judgement),
                 )
             )
         return None
+
+    def _exhausts(self, reason: RetryEnd, outcome: Outcome) -> bool:
+        """Whether trying again further up would only multiply the attempts."""
+        if reason == "attempts":
+            # A single one, as was asked for, has used nothing up.
+            return self.attempts > 1
+        if reason in ("breaker", "rejected"):
+            # A refusal says so itself.
+            return not isinstance(outcome.error, RejectedError)
+        return reason != "not_retryable"
 
     def _told(self, outcome: Outcome) -> RetryCallState:
         """The state that tenacity's strategies are asked with."""
@@ -865,6 +937,7 @@ class _Attempts:
                 run.failed_to_decide(error, outcome)
                 raise
             if delay is None:
+                outcome = run.last(outcome)
                 if outcome.error is None:
                     raise StopAsyncIteration
                 run.note(outcome.error)
@@ -899,6 +972,7 @@ class _Attempts:
                 run.failed_to_decide(error, outcome)
                 raise
             if delay is None:
+                outcome = run.last(outcome)
                 if outcome.error is None:
                     raise StopIteration
                 run.note(outcome.error)
