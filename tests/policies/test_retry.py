@@ -2,7 +2,7 @@ import asyncio
 import copy
 import math
 import pickle
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import tenacity
@@ -268,7 +268,19 @@ def test_huge_attempt_numbers_do_not_overflow(clock):
     ("wrong", "said"),
     [
         ({"attempts": 0}, "1 or above"),
+        ({"attempts": "3"}, "1 or above, not '3'"),
         ({"within": 0}, "above 0"),
+        ({"within": "5s"}, "above 0, not '5s'. None is no limit"),
+        ({"within": True}, "above 0"),
+        ({"within": math.nan}, "above 0"),
+        ({"within": math.inf}, "above 0"),
+        ({"patient": "no"}, "True or False, not 'no'"),
+        ({"patient": None}, "True or False"),
+        ({"clock": 3}, "^MK100  clock is"),
+        ({"clock": None}, "^MK100  clock is"),
+        ({"on": ()}, "has none"),
+        ({"on_result": lambda: True}, "on_result is called with the result"),
+        ({"discard": lambda: None}, "discard is called with the result"),
         ({"on": asyncio.CancelledError}, "never retried"),
         ({"on": OSError, "retry": tenacity.retry_always}, "Give one"),
     ],
@@ -403,6 +415,29 @@ def test_no_wait_stays_none_however_often(clock):
     """`first=0` never waits, and whole numbers do not grow without end."""
     assert 0.0 == Backoff(first=0, factor=3.0, jitter=lambda cap: cap).wait(1_000_000, clock)
     assert 10.0 == Backoff(first=1, factor=3, jitter=lambda cap: cap).wait(1_000_000, clock)
+
+
+def test_what_cannot_be_inspected_is_taken_as_it_is(clock):
+    """A function that does not tell its arguments is found out only when it is called."""
+
+    class Odd:
+        @property
+        def __signature__(self):
+            raise NameError
+
+        def __call__(self, result):
+            return False
+
+    assert "bool" == Retry(on_result=bool).on_result.__name__
+    assert "ok" == Pipeline("prices", Retry(on_result=Odd(), clock=clock)).call_sync(lambda: "ok")
+
+
+def test_a_default_is_as_good_as_the_same_value_said():
+    """What nobody has said equals what says the same, and may be replaced by another way of saying it."""
+    assert Retry() == Retry(attempts=3, backoff=Backoff())
+    assert "attempts=3" in repr(Retry())
+    stop, wait = tenacity.stop_after_attempt(5), tenacity.wait_none()
+    assert (5, None) == tuple(replace(Retry(), stop=stop, wait=wait).describe()[key] for key in ("attempts", "jitter"))
 
 
 def test_copies_share_the_one_clock():

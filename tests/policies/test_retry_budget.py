@@ -111,6 +111,12 @@ async def test_calls_and_retries_count_for_one_window(clock):
     ("wrong", "said"),
     [
         ({"ratio": -1.0}, "0 or above"),
+        ({"ratio": "20%"}, "0 or above, not '20%'"),
+        ({"ratio": True}, "0 or above"),
+        ({"window": "10s"}, "above 0 up to 60 s, not '10s'"),
+        ({"window": None}, "above 0 up to 60"),
+        ({"window": True}, "above 0 up to 60"),
+        ({"clock": None}, "^MK100  clock is"),
         ({"ratio": math.nan}, "0 or above"),
         ({"ratio": math.inf}, "0 or above"),
         ({"window": 0}, "above 0 up to 60"),

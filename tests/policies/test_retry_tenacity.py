@@ -373,18 +373,43 @@ async def test_concurrent_calls_share_no_state(clock):
 @pytest.mark.parametrize(
     ("wrong", "said"),
     [
-        ({"stop": stop_after_attempt}, "stop_after_attempt"),
-        ({"stop": stop_after_attempt}, "^MK100  stop is"),
-        ({"wait": wait_fixed}, "^MK100  wait is"),
+        ({"stop": stop_after_attempt}, r"^MK100  stop is .* Write attempts=3, or stop=stop_after_attempt\(3\)\."),
+        ({"stop": 5}, r"^MK100  stop is .*, not 5\. Write attempts=3"),
+        ({"wait": wait_fixed}, r"^MK100  wait is .* Write backoff=Backoff\(first=1\.0\), or wait=wait_fixed\(1\.0\)\."),
+        ({"wait": 1.0}, r"^MK100  wait is .*, not 1\.0\. Write backoff="),
+        ({"wait": lambda: 3}, "^MK100  wait is called with the state of the retry"),
+        ({"stop": lambda: True}, "^MK100  stop is called with the state of the retry"),
+        ({"retry": lambda state, more: True}, "^MK100  retry is called with the state of the retry"),
         ({"retry": 3}, "^MK100  retry is"),
+        ({"retry": OSError}, r"^MK100  retry is .* Write on=OSError, or retry=retry_if_exception_type\(OSError\)\."),
         ({"retry": retry_always, "on_result": bool}, "Give one"),
+        ({"retry": retry_always, "on": OSError}, "Give one"),
         ({"wait": wait_none(), "backoff": Backoff(first=1)}, "Give one"),
+        ({"wait": wait_none(), "backoff": Backoff()}, "Give one"),
         ({"stop": stop_never, "attempts": 5}, "Give one"),
+        ({"stop": stop_never, "attempts": 3}, "Give one"),
     ],
-    ids=str,
+    ids=[
+        "a class as stop",
+        "a number as stop",
+        "a class as wait",
+        "a number as wait",
+        "wait of nothing",
+        "stop of nothing",
+        "retry of two",
+        "a number as retry",
+        "an error as retry",
+        "retry and on_result",
+        "retry and on",
+        "wait and backoff",
+        "wait and the default backoff",
+        "stop and attempts",
+        "stop and the default attempts",
+    ],
 )
 def test_a_strategy_that_cannot_work_says_what_would_be_right(wrong, said):
-    """A class instead of its object, or two ways of saying the same thing, are refused when the policy is made."""
+    """A class instead of its object, a function that cannot be asked, or two ways of saying the same thing (also where
+    one of them says what holds anyway) are refused when the policy is made."""
     with pytest.raises(ConfigurationError, match=said):
         Retry(**wrong)
 

@@ -21,6 +21,7 @@ from meshkit import (
     RateLimitedError,
     Retry,
     Scope,
+    Timeout,
     listen,
     retry_end,
 )
@@ -120,7 +121,8 @@ def test_a_function_of_ones_own_makes_the_wait_and_is_held_to_the_longest(clock)
 @pytest.mark.parametrize("jitter", ["full", "equal", "decorrelated", "none"])
 @pytest.mark.parametrize("attempt", [1_100, 5_000, 10**9])
 def test_a_wait_late_in_a_long_retry_does_not_overflow(jitter, attempt):
-    """At attempt 1,100 and far beyond the wait is within `most`: as Polly's `IssuesTests.InfiniteRetry_2163`."""
+    """At attempt 1,100 and far beyond the wait is within `most`: what Polly's `IssuesTests.InfiniteRetry_2163` and stamina
+    #137 are about."""
     backoff = Backoff(jitter=jitter)
     assert 10.0 == backoff.longest(attempt)
     assert 0.0 <= backoff.wait(attempt, ManualClock(chance=0.999), 10.0) <= 10.0
@@ -128,7 +130,8 @@ def test_a_wait_late_in_a_long_retry_does_not_overflow(jitter, attempt):
 
 
 async def test_a_retry_goes_on_after_attempt_1100(clock):
-    """A call that fails 1,100 times and then works comes to its result: as Polly's `IssuesTests.InfiniteRetry_2163`."""
+    """A call that fails 1,100 times and then works comes to its result: what Polly's `IssuesTests.InfiniteRetry_2163` and
+    stamina #137 are about."""
     retry = Retry(attempts=2_000, within=None, backoff=Backoff(jitter="none"), clock=clock)
     assert "ok" == await Pipeline("prices", retry).call(failing(*[OSError() for _ in range(1_100)]))
     assert 1_100 == len(clock.sleeps)
@@ -163,6 +166,12 @@ def test_the_total_of_many_waits_is_had_at_once():
     ("wrong", "said"),
     [
         ({"first": -1}, "seconds to wait"),
+        ({"first": "1"}, "seconds to wait, not '1' and 10.0"),
+        ({"first": None}, "seconds to wait"),
+        ({"first": True}, "seconds to wait"),
+        ({"most": "1"}, "seconds to wait, not 0.1 and '1'"),
+        ({"factor": "2"}, "1 or above, not '2'"),
+        ({"jitter": lambda: 1.0}, "jitter is called with the longest wait"),
         ({"first": math.nan}, "seconds to wait"),
         ({"first": math.inf}, "seconds to wait"),
         ({"most": -1}, "seconds to wait"),
@@ -236,7 +245,8 @@ async def test_each_form_of_retry_after_is_understood(clock, asked, waited):
         email.utils.format_datetime(NOW - timedelta(hours=1)),
         NOW - timedelta(days=1),
     ],
-    ids=repr,
+    # Those of objects would be their addresses, which differ from run to run.
+    ids=lambda value: type(value).__name__ if " at 0x" in repr(value) else repr(value),
 )
 async def test_a_retry_after_that_is_past_or_nonsense_is_ignored(clock, asked):
     """What is past, or cannot be waited for, leaves the backoff as it is: as Microsoft's `RetryAfterHelperTests` and
@@ -308,6 +318,35 @@ async def test_a_deadline_is_never_passed_by_a_wait(clock):
         with scope_open(Scope(deadline=deadline)), pytest.raises(OSError):
             await Pipeline("prices", Retry(attempts=50, clock=clock)).call(fails)
         assert max(began) < deadline
+
+
+@pytest.mark.parametrize("given", ["by the request", "by a timeout"])
+@pytest.mark.parametrize("chance", [0.0, 0.3, 0.7, 0.999])
+@pytest.mark.parametrize("takes", [0.04, 60.0], ids=["quick", "hangs"])
+async def test_a_call_is_over_by_its_deadline(given, chance, takes):
+    """Attempts that fail, attempts that hang, and waits of any length between them: the deadline is never exceeded by
+    more than one scheduler tick, here a tenth of a second."""
+    tick, clock, began = 0.1, ManualClock(chance=chance, hold=True), []
+
+    async def fails():
+        began.append(clock.now())
+        await clock.sleep(takes)
+        raise OSError
+
+    policies = [Retry(attempts=1_000, within=None, clock=clock), Timeout(0.25, clock=clock)]
+    deadline = clock.now() + 3.0
+    if given == "by a timeout":
+        task = asyncio.create_task(Pipeline("prices", Timeout(total=3.0, clock=clock), *policies).call(fails))
+    else:
+        with scope_open(Scope(deadline=deadline)):
+            task = asyncio.create_task(Pipeline("prices", *policies).call(fails))
+    await asyncio.sleep(0)
+    while not task.done() and clock.now() < deadline + 10 * tick:
+        await clock.advance(tick)
+    assert task.done()
+    assert isinstance(task.exception(), OSError)
+    assert clock.now() <= deadline + tick
+    assert max(began) < deadline
 
 
 async def test_it_is_bounded_in_time_by_default(clock):

@@ -27,7 +27,7 @@ from meshkit.core.call import (
     leave_attempt,
     numbered,
 )
-from meshkit.core.clock import SYSTEM_CLOCK, Clock
+from meshkit.core.clock import SYSTEM_CLOCK, Clock, check_clock
 from meshkit.core.events import RetryBudgetExhausted, RetryEnd, RetryEnded, RetryScheduled, emit, error_type
 from meshkit.core.scope import Scope, close_scope, current_scope, open_scope
 from meshkit.core.trace import TRACING, tracer
@@ -70,6 +70,24 @@ def retry_end(error: BaseException) -> RetryEnd | None:
     return cast("RetryEnd | None", getattr(error, _END, None))
 
 
+def _is_number(value: object, least: float) -> bool:
+    """Whether it is a finite number that is not below `least`; bool is one only by descent."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and least <= value < math.inf
+
+
+def _check_asked(what: str, function: Callable[..., Any], given: str) -> None:
+    """Refuse a function that cannot be called with the one argument that it will get, where Python can tell."""
+    try:
+        signature = inspect.signature(function)
+    except Exception:
+        # It is written in C, or has annotations that cannot be read here.
+        return
+    try:
+        signature.bind(None)
+    except TypeError:
+        raise ConfigurationError(f"{what} is called with {given} and nothing else, unlike {function!r}.") from None
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Backoff:
     """Waits that grow: `first`, then `factor` times as long each, never over `most`, each cut short by chance.
@@ -95,11 +113,13 @@ class Backoff:
     jitter: Jitter | Callable[[float], float] = "full"
 
     def __post_init__(self) -> None:
-        if not (0 <= self.first < math.inf and 0 <= self.most < math.inf):
-            raise ConfigurationError(f"first and most are seconds to wait, not {self.first} and {self.most}.")
-        if not 1 <= self.factor < math.inf:
-            raise ConfigurationError(f"factor makes each wait longer, so it is 1 or above, not {self.factor}.")
-        if not callable(self.jitter) and self.jitter not in ("full", "equal", "decorrelated", "none"):
+        if not (_is_number(self.first, 0) and _is_number(self.most, 0)):
+            raise ConfigurationError(f"first and most are seconds to wait, not {self.first!r} and {self.most!r}.")
+        if not _is_number(self.factor, 1):
+            raise ConfigurationError(f"factor makes each wait longer, so it is 1 or above, not {self.factor!r}.")
+        if callable(self.jitter):
+            _check_asked("jitter", self.jitter, "the longest wait")
+        elif self.jitter not in ("full", "equal", "decorrelated", "none"):
             raise ConfigurationError(
                 f"jitter is full, equal, decorrelated, none, or a function of the longest wait, not {self.jitter!r}."
             )
@@ -152,6 +172,15 @@ class Backoff:
         return min(self.most, delay) if delay >= 0 else 0.0
 
 
+class _Unsaid(int):
+    """A number that stands for one that nobody has given."""
+
+    __slots__ = ()
+
+
+_BACKOFF: Final = Backoff()
+
+
 def _retryable(error: BaseException) -> bool:
     """Whether an error without a rule of the user's is worth another attempt: not what is wrong by construction,
     not what was refused, not what ran out of the time that a further attempt would need too."""
@@ -202,10 +231,10 @@ class Retry:
         ConfigurationError: two ways of saying the same thing, or a value that cannot work.
     """
 
-    attempts: int = 3
+    attempts: int = _Unsaid(3)
     on: type[Exception] | tuple[type[Exception], ...] | None = None
     on_result: Callable[[Any], bool] | None = None
-    backoff: Backoff = Backoff()
+    backoff: Backoff = _BACKOFF
     within: float | None = 60.0
     retry: Callable[[RetryCallState], Any] | None = None
     wait: Callable[[RetryCallState], Any] | None = None
@@ -219,43 +248,63 @@ class Retry:
         # A number of attempts that is no number would let the loop run on; bool is one only by descent.
         if not isinstance(cast("object", self.attempts), int) or self.attempts is True or not self.attempts >= 1:
             raise ConfigurationError(
-                f"attempts is how often to call, the first one counted, so 1 or above, not {self.attempts}."
+                f"attempts is how often to call, the first one counted, so 1 or above, not {self.attempts!r}."
             )
-        if self.within is not None and not 0 < self.within < math.inf:
+        if self.within is not None and not (_is_number(self.within, 0) and self.within):
             raise ConfigurationError(
-                f"within is how long all attempts may take, so above 0, not {self.within}.", "None is no limit."
+                f"within is how many seconds all attempts may take, so above 0, not {self.within!r}.",
+                "None is no limit.",
             )
         if not isinstance(cast("object", self.backoff), Backoff):
             raise ConfigurationError(f"backoff is a Backoff(first=…, most=…), not {self.backoff!r}.")
         if not isinstance(cast("object", self.budget), RetryBudget | None):
             raise ConfigurationError(f'budget is a RetryBudget("prices", …), not {self.budget!r}.')
-        for strategy, what in ((self.retry, "retry"), (self.wait, "wait"), (self.stop, "stop")):
-            # A class can be called too, and what it makes is true: stop=stop_after_attempt would stop always.
-            if strategy is not None and (isinstance(strategy, type) or not callable(strategy)):
-                raise ConfigurationError(
-                    f"{what} is an object of tenacity's that is asked after each attempt, not {strategy!r}.",
-                    "Write stop_after_attempt(3), say, and not stop_after_attempt.",
-                )
-        for function, what in ((self.on_result, "on_result"), (self.discard, "discard")):
-            if function is not None and not callable(function):
-                raise ConfigurationError(f"{what} is a function of the result, not {function!r}.")
-        if inspect.iscoroutinefunction(self.on_result):
-            raise ConfigurationError(
-                "on_result is a plain function: nobody awaits it.", "tenacity.asyncio.retry_if_result awaits its own."
-            )
+        if not isinstance(cast("object", self.patient), bool):
+            raise ConfigurationError(f"patient is True or False, not {self.patient!r}.")
+        check_clock(self.clock)
+        self._check_functions()
+        self._check_classes()
         if self.retry is not None and (self.on is not None or self.on_result is not None):
             raise ConfigurationError(
                 f"{'on' if self.on is not None else 'on_result'} and retry both say which failures to retry.",
                 "Give one of them.",
             )
-        if self.wait is not None and self.backoff != Backoff():
+        if self.wait is not None and self.backoff is not _BACKOFF:
             raise ConfigurationError("backoff and wait both say how long to wait.", "Give one of them.")
-        if self.stop is not None and self.attempts != 3:
+        if self.stop is not None and not isinstance(self.attempts, _Unsaid):
             raise ConfigurationError(
                 "attempts and stop both say how often to call.", "Give one of them: stop_after_attempt(n) | … is both."
             )
-        classes = self.on if isinstance(self.on, tuple) else () if self.on is None else (self.on,)
-        for wanted in classes:
+
+    def _check_functions(self) -> None:
+        for strategy, what, remedy in (
+            (self.retry, "retry", "Write on=OSError, or retry=retry_if_exception_type(OSError)."),
+            (self.wait, "wait", "Write backoff=Backoff(first=1.0), or wait=wait_fixed(1.0)."),
+            (self.stop, "stop", "Write attempts=3, or stop=stop_after_attempt(3)."),
+        ):
+            if strategy is None:
+                continue
+            # A class can be called too, and what it makes is true: stop=stop_after_attempt would stop always.
+            if isinstance(strategy, type) or not callable(strategy):
+                raise ConfigurationError(
+                    f"{what} is an object of tenacity's that is asked after each attempt, not {strategy!r}.", remedy
+                )
+            _check_asked(what, strategy, "the state of the retry")
+        for function, what in ((self.on_result, "on_result"), (self.discard, "discard")):
+            if function is None:
+                continue
+            if not callable(function):
+                raise ConfigurationError(f"{what} is a function of the result, not {function!r}.")
+            _check_asked(what, function, "the result")
+        if inspect.iscoroutinefunction(self.on_result):
+            raise ConfigurationError(
+                "on_result is a plain function: nobody awaits it.", "tenacity.asyncio.retry_if_result awaits its own."
+            )
+
+    def _check_classes(self) -> None:
+        if self.on == ():
+            raise ConfigurationError("on lists exception classes, and () has none.", "attempts=1 retries nothing.")
+        for wanted in self._classes:
             if not (isinstance(wanted, type) and issubclass(wanted, Exception)):
                 raise ConfigurationError(
                     f"on lists exception classes, and {wanted!r} is none.",
@@ -267,9 +316,12 @@ class Retry:
                     "Say patient=True to wait for that.",
                 )
 
+    @property
+    def _classes(self) -> tuple[type[Exception], ...]:
+        return self.on if isinstance(self.on, tuple) else () if self.on is None else (self.on,)
+
     def describe(self) -> dict[str, object]:
         backoff = self.backoff
-        classes = self.on if isinstance(self.on, tuple) else () if self.on is None else (self.on,)
         foreign, attempts = self.wait is not None, self._bound
         return {
             "kind": "retry",
@@ -280,7 +332,7 @@ class Retry:
             "jitter": None if foreign else backoff.jitter != "none",
             "budget": self.budget is not None,
             "patient": self.patient,
-            "on": None if self.on is None else [wanted.__name__ for wanted in classes],
+            "on": None if self.on is None else [wanted.__name__ for wanted in self._classes],
             # Which setting says what is tried again; without one, the edge that leads the call does.
             "rule": next((rule for rule in ("retry", "on_result", "on") if getattr(self, rule) is not None), None),
         }
@@ -289,7 +341,7 @@ class Retry:
     def _bound(self) -> float | None:
         """How many attempts there are at the most; `None` where only a strategy of the user's knows."""
         if self.stop is None:
-            return self.attempts
+            return int(self.attempts)
         if type(self.stop).__name__ == "_stop_never":
             return math.inf
         # What tenacity.stop_after_attempt keeps; others have no such thing.

@@ -8,7 +8,7 @@ import weakref
 from collections import deque
 from typing import cast
 
-from meshkit.core.clock import SYSTEM_CLOCK, Clock
+from meshkit.core.clock import SYSTEM_CLOCK, Clock, check_clock
 from meshkit.errors import ConfigurationError
 
 # Each call of the window is remembered, so the window is short. Finagle draws the same line.
@@ -25,6 +25,11 @@ def budgets() -> list[RetryBudget]:
     """All retry budgets of this process that are alive: what a scrape reads."""
     with _budgets_lock:
         return list(_budgets)
+
+
+def _is_number(value: object) -> bool:
+    # bool is one only by descent.
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 class RetryBudget:
@@ -73,14 +78,15 @@ class RetryBudget:
     ) -> None:
         if not isinstance(cast("object", name), str):
             raise ConfigurationError(f"a budget's name is that of the destination, and {name!r} is none.")
-        if not 0 <= ratio < math.inf:
-            raise ConfigurationError(f"ratio is how many retries each call allows, so 0 or above, not {ratio}.")
-        if not 0 < window <= _LONGEST:
+        if not _is_number(ratio) or not 0 <= ratio < math.inf:
+            raise ConfigurationError(f"ratio is how many retries each call allows, so 0 or above, not {ratio!r}.")
+        if not _is_number(window) or not 0 < window <= _LONGEST:
             raise ConfigurationError(
-                f"window is how long a call counts, so above 0 up to {_LONGEST:g} s, not {window}."
+                f"window is how long a call counts, so above 0 up to {_LONGEST:g} s, not {window!r}."
             )
         if not isinstance(cast("object", at_least), int) or isinstance(at_least, bool) or at_least < 0:
             raise ConfigurationError(f"at_least is a number of retries a window, so 0, 1, 2 …, not {at_least!r}.")
+        check_clock(clock)
         self.name = name
         self.ratio = ratio
         self.window = window
