@@ -1,4 +1,5 @@
 import asyncio
+import contextlib
 import gc
 import threading
 
@@ -196,6 +197,144 @@ async def test_a_loop_that_was_held_up_lets_no_burst_through(clock):
     assert 0 == limiter.waiting
 
 
+class Counting(ManualClock):
+    """Tells a queue that looks again and again at the same moment from one that waits."""
+
+    asked = 0
+
+    def call_at(self, when, callback):
+        self.asked += 1
+        assert self.asked < 20_000, "the event loop is kept busy"
+        return super().call_at(when, callback)
+
+
+async def test_a_loop_that_was_held_up_after_some_gave_up_keeps_nobody_busy():
+    """Where waiters in the middle have left and others have come, a loop that was held up looks once for each waiter and
+    then when there is a permit, and all have theirs at the rate."""
+    clock = Counting()
+    limiter = RateLimiter(permits=5, burst=1, wait=None, clock=clock)
+    calls = Calls(limiter, clock)
+    tasks = calls.tasks(*range(13))
+    await turns()
+    for task in tasks[2:12]:
+        task.cancel()
+    await turns()
+    tasks += calls.tasks(*range(13, 28))
+    await turns()
+    clock._now += 3.0  # and no timer rings in time
+    await clock.advance(0)
+    asked = clock.asked
+    await clock.advance(0.5)
+    assert 4 >= clock.asked - asked
+    await clock.advance(10)
+    await asyncio.gather(*tasks, return_exceptions=True)
+    assert [(0, 0), *((n, round(3.0 + 0.2 * place, 3)) for place, n in enumerate([1, *range(12, 28)]))] == calls.made
+
+
+async def test_who_comes_late_is_refused_when_its_wait_is_over(clock, refused):
+    """A waiter whose permit would come too late, because the loop was held up, is told so by the end of its wait, also
+    while those in front of it wait on."""
+    limiter = RateLimiter(permits=1, burst=1, wait=None, clock=clock)
+    calls = Calls(limiter, clock)
+    tasks = calls.tasks(*range(10))
+    with scope_open(Scope(deadline=clock.now() + 10.5)):
+        late = calls.task(10)
+    await turns()
+    clock._now += 5.0
+    await clock.advance(0)
+    await clock.advance(5.4)
+    assert not late.done()
+    await clock.advance(0.1)
+    with pytest.raises(RateLimitedError):
+        await late
+    assert (7, 3) == (len(calls.made), limiter.waiting)
+    await clock.advance(10)
+    await asyncio.gather(*tasks)
+
+
+async def test_thousands_that_come_too_late_are_refused(clock):
+    """Everybody in a long queue that has become too late is refused, however many there are."""
+    limiter = RateLimiter(permits=1000, burst=1, wait=3, clock=clock)
+    calls = Calls(limiter, clock)
+    tasks = calls.tasks(*range(3001))
+    await turns()
+    clock._now += 10.0
+    await clock.advance(0)
+    results = await asyncio.gather(*tasks, return_exceptions=True)
+    assert (2, 2999) == (len(calls.made), sum(isinstance(result, RateLimitedError) for result in results))
+    assert 0 == limiter.waiting
+
+
+DO = st.one_of(
+    st.tuples(st.just("come"), st.integers(1, 6)),
+    st.tuples(st.just("leave"), st.integers(0, 100)),
+    st.tuples(st.just("pass"), st.floats(0.001, 3)),
+    st.tuples(st.just("held up"), st.floats(0.001, 3)),
+    st.tuples(st.just("turn"), st.just(0)),
+)
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    permits=st.sampled_from([1, 2, 5, 10]),
+    per=st.sampled_from([0.3, 1.0, 10.0]),
+    burst=st.sampled_from([1, 2, 5, 20]),
+    wait=st.sampled_from([0.0, 1.0, 3.0, None]),
+    start=st.sampled_from([0.0, 1000.0, 1e9]),
+    steps=st.lists(DO, max_size=100),
+)
+def test_whatever_happens_the_rate_holds_and_everybody_is_answered(permits, per, burst, wait, start, steps):
+    """Callers come, give up, and are served by a loop that may be held up: within any `per` seconds at most
+    `burst + permits` calls are made, nobody waits for longer than its wait in a loop that runs, the queue ends empty
+    without keeping the loop busy, and no permit is lost."""
+
+    async def main():
+        clock = Counting(start=start)
+        limiter = RateLimiter(
+            permits=permits, per=per, burst=burst, wait=None if wait is None else wait * per, clock=clock
+        )
+        guarded, made, tasks, late = Pipeline("prices", limiter), [], [], 0.0
+
+        async def work():
+            made.append(clock.now())
+
+        async def one():
+            came = clock.now()
+            with contextlib.suppress(RateLimitedError):
+                await guarded.call(work)
+            return clock.now() - came
+
+        for what, amount in steps:
+            if what == "come":
+                tasks += [asyncio.create_task(one()) for _ in range(amount)]
+            elif what == "leave" and tasks:
+                tasks[amount % len(tasks)].cancel()
+            elif what == "pass":
+                await clock.advance(amount * per)
+            elif what == "held up":
+                clock._now += amount * per
+                late += amount * per
+                await asyncio.sleep(0)
+                await clock.advance(0)
+            else:
+                await asyncio.sleep(0)
+        for _ in range(len(tasks)):
+            await clock.advance(per / permits)
+        await clock.advance(0)
+        assert ([], 0) == ([task for task in tasks if not task.done()], limiter.waiting)
+        for number, first in enumerate(made):
+            within = [each for each in made[number:] if each < first + per - 1e-5]
+            assert burst + permits >= len(within)
+        if wait is not None:
+            waited = [task.result() for task in tasks if not task.cancelled()]
+            assert all(each <= wait * per + late + 1e-5 for each in waited)
+        await clock.advance(2 * per * burst)
+        assert burst == limiter.available
+        assert 0 == sum(not timer.cancelled for _, _, timer in clock._timers)
+
+    asyncio.run(main())
+
+
 # -- threads, loops, plain functions, other policies -------------------------------------------------------------------
 
 
@@ -269,19 +408,53 @@ def test_threads_and_loops_share_one():
     assert 395 / 100 <= clock.now() - start
 
 
+def test_waiters_of_a_loop_that_was_closed_are_passed_over(clock):
+    """Whoever stands in front of hundreds of waiters whose event loop was closed around them comes out cancelled, and the
+    next one that is there has the permit."""
+    limiter = RateLimiter(permits=1, burst=1, wait=None, clock=clock)
+    calls = Calls(limiter, clock)
+    lost, mine = asyncio.new_event_loop(), asyncio.new_event_loop()
+
+    async def wait(*numbers):
+        tasks = calls.tasks(*numbers)
+        await turns()
+        return tasks
+
+    async def main(front):
+        front.cancel()
+        (last,) = await wait(7)
+        with pytest.raises(asyncio.CancelledError):
+            await front
+        await clock.advance(1)
+        await last
+
+    try:
+        _, front = mine.run_until_complete(wait(0, 1))
+        gone = lost.run_until_complete(wait(*range(2000)))
+        lost.close()
+        mine.run_until_complete(main(front))
+        assert ([(0, 0), (7, 1)], 0) == (calls.made, limiter.waiting)
+    finally:
+        mine.close()
+        for task in gone:
+            # Nobody can end them any more.
+            task._log_destroy_pending = False
+            task.get_coro().close()
+
+
 async def test_each_attempt_of_a_retry_takes_a_permit(clock):
     """Inside a Retry the permits bound the attempts, as failsafe-go's composition "RetryPolicy with RateLimiter"; a
-    refusal is not tried again at once."""
+    refusal is not tried again at once, and the error is that of the last call that was made."""
     limiter = RateLimiter(permits=3, burst=3, clock=clock)
     made = []
 
     async def fails():
         made.append(1)
-        raise OSError
+        raise OSError(len(made))
 
-    with pytest.raises(RateLimitedError):
+    with pytest.raises(OSError) as caught:
         await Pipeline("prices", Retry(attempts=7, backoff=Backoff(first=0, most=0), clock=clock), limiter).call(fails)
-    assert 3 == len(made)
+    assert (3, (3,)) == (len(made), caught.value.args)
 
 
 async def test_ten_thousand_refusals_grow_nothing(clock):

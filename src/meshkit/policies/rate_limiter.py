@@ -35,7 +35,8 @@ class _Waiter:
     """Somebody who waits for a permit: a task, by the future it waits for, or a thread, by its event.
 
     Attributes:
-        when: when it has its permit, before `RateLimiter._late` is added: earlier only where somebody in front leaves.
+        when: when it has its permit at the latest, before `RateLimiter._late` is added: earlier where somebody in front
+            leaves. At least the time between two permits after that of the one in front.
         until: how long it would wait.
     """
 
@@ -191,7 +192,7 @@ class RateLimiter:
             return
         assert waiter.future is not None
         try:
-            self._arm(waiter)
+            self._called(waiter)
             await waiter.future
         except BaseException:
             self._quit(waiter)
@@ -208,36 +209,38 @@ class RateLimiter:
             return
         assert waiter.event is not None
         try:
-            while not (waiter.served or self._too_late(waiter)):
-                with self._lock:
-                    # Cleared before anybody is asked, so that nobody's word is missed.
-                    waiter.event.clear()
-                    left = waiter.when + self._late - self._clock.now()
-                if left > 0 and not waiter.served:
+            while True:
+                # Cleared before it looks, so that nobody's word is missed.
+                waiter.event.clear()
+                at = self._look(waiter)
+                if at is None:
+                    break
+                left = at - self._clock.now()
+                if left > 0:
                     self._clock.block(left, until=waiter.event)
-                self._serve()
         except BaseException:
             self._quit(waiter)
             raise
         if not waiter.served:
             raise self._refused(self._delay())
 
-    def _arm(self, waiter: _Waiter) -> None:
-        """In the waiter's own event loop: look again when its time has come."""
+    def _called(self, waiter: _Waiter) -> None:
+        """In the waiter's own event loop: go on where it need wait no more, else look when its time has come."""
+        assert waiter.future is not None
         if waiter.timer is not None:
             waiter.timer.cancel()
             waiter.timer = None
-        if waiter.here() and not waiter.served:
-            waiter.timer = self._clock.call_at(waiter.when + self._late, lambda: self._rung(waiter))
+        if waiter.future.done():
+            return
+        at = self._at(waiter)
+        if at is None:
+            waiter.future.set_result(None)
+        else:
+            waiter.timer = self._clock.call_at(at, lambda: self._rung(waiter))
 
     def _rung(self, waiter: _Waiter) -> None:
-        self._serve()
-        if self._too_late(waiter):
-            assert waiter.future is not None
-            if not waiter.future.done():
-                waiter.future.set_result(None)
-        else:
-            self._arm(waiter)
+        self._look(waiter)
+        self._called(waiter)
 
     # -- with the lock held: nothing in here waits, or calls a user's code --------------------------------------------
 
@@ -275,52 +278,81 @@ class RateLimiter:
             if scope is not None and scope.deadline is not None:
                 longest = min(longest, scope.deadline - now)
             if 0 < longest and delay <= longest + _SLACK:
-                waiter = _Waiter(loop, now + delay - self._late, now + longest)
+                when = now + delay - self._late
+                if self._waiters:
+                    # Where somebody in the middle has left, those behind still have the times that they came with.
+                    when = max(when, next(reversed(self._waiters)).when + self._interval)
+                waiter = _Waiter(loop, when, now + longest)
                 self._waiters[waiter] = None
                 return waiter
         raise self._refused(delay)
 
     def _serve(self) -> None:
-        """Give the permits that there are to those who have waited longest."""
+        """Give the permits that there are to those who have waited longest, and see to it that the first of the others
+        looks in time. Those that are gone, or would wait for too long, are in the queue no more.
+
+        Whoever is called in here does not come back to this, so that it takes no more stack for more waiters.
+        """
         with self._lock:
             now = self._clock.now()
-            while self._waiters and self._next(now) <= now + _SLACK:
-                try:
-                    waiter, _ = self._waiters.popitem(last=False)
-                except KeyError:
-                    # A destructor was here.
+            while (first := next(iter(self._waiters), None)) is not None:
+                at = self._next(now)
+                off = at - (first.when + self._late)
+                if not first.here():
+                    self._waiters.pop(first, None)
+                elif at <= now + _SLACK:
+                    self._waiters.pop(first, None)
+                    self._full = max(self._full, now) + self._interval
+                    # Said first, because who is woken looks at it.
+                    first.served = True
+                    if not self._call(first):
+                        first.served = False
+                        self._full -= self._interval
+                elif at > first.until + _SLACK:
+                    self._waiters.pop(first, None)
+                    self._call(first)
+                elif abs(off) <= _SLACK:
                     return
-                if not waiter.here():
-                    continue
-                self._full = max(self._full, now) + self._interval
-                # Said first, because who is woken looks at it.
-                waiter.served = True
-                self._call(waiter)
-            first = next(iter(self._waiters), None)
-            if first is None:
-                self._late = 0.0
-                return
-            off = self._next(now) - (first.when + self._late)
-            if off > _SLACK:
-                self._late += off
-            elif off < -_SLACK:
-                # Somebody in front of it has left. The others still come in time by their own timers.
-                first.when += off
-            else:
-                return
-            self._call(first)
+                else:
+                    if off > 0:
+                        self._late += off
+                    else:
+                        # Somebody in front of it has left. The others come in time still: each one that has its permit
+                        # calls the next.
+                        first.when += off
+                    if self._call(first):
+                        return
+                    self._waiters.pop(first, None)
+            self._late = 0.0
 
-    def _too_late(self, waiter: _Waiter) -> bool:
-        """Whether a waiter would have to wait for longer than it may, and is in the queue no more."""
+    def _look(self, waiter: _Waiter) -> float | None:
+        """Give the permits that there are, and say when this waiter looks again: `None` where it has its permit, or has
+        waited for as long as it would, and is in the queue no more."""
         with self._lock:
-            if waiter.served or waiter.when + self._late <= waiter.until + _SLACK:
-                return False
-            self._waiters.pop(waiter, None)
+            # Asked first: who gets a permit at the last moment has it.
+            over = self._clock.now() >= waiter.until
             self._serve()
-            return True
+            if over:
+                self._waiters.pop(waiter, None)
+            return self._at(waiter)
 
-    def _call(self, waiter: _Waiter) -> None:
-        """Wake a waiter that has its permit, or have one look again whose time has changed."""
+    def _at(self, waiter: _Waiter) -> float | None:
+        """When a waiter looks: the first one when there is a permit. The others only in case nobody calls them, because
+        the event loop of the one in front stands still, and so never before the first one."""
+        with self._lock:
+            if waiter not in self._waiters:
+                return None
+            first = self._next(self._clock.now())
+            if waiter is next(iter(self._waiters)):
+                return first
+            return min(max(waiter.when + self._late, first), waiter.until)
+
+    def _call(self, waiter: _Waiter) -> bool:
+        """Wake a waiter that is in the queue no more, or have one look again whose time has changed.
+
+        Returns:
+            Whether there is anybody: `False` where its event loop was closed around it.
+        """
         if waiter.loop is None:
             assert waiter.event is not None
             waiter.event.set()
@@ -330,15 +362,8 @@ class RateLimiter:
             try:
                 waiter.loop.call_soon_threadsafe(self._called, waiter)
             except RuntimeError:
-                # Its loop was closed around it.
-                self._quit(waiter)
-
-    def _called(self, waiter: _Waiter) -> None:
-        assert waiter.future is not None
-        if not waiter.served:
-            self._arm(waiter)
-        elif not waiter.future.done():
-            waiter.future.set_result(None)
+                return False
+        return True
 
     def _quit(self, waiter: _Waiter) -> None:
         """As if it had not come: the next one moves up, and a permit that it was given meanwhile is there again."""
