@@ -15,7 +15,16 @@ from opentelemetry.instrumentation.fastapi import FastAPIInstrumentor
 from opentelemetry.trace import SpanKind, StatusCode
 
 import meshkit.fastapi
-from meshkit import CircuitOpenError, DeadlineExceededError, current_scope
+from meshkit import (
+    Backoff,
+    CircuitBreaker,
+    CircuitOpenError,
+    DeadlineExceededError,
+    Pipeline,
+    Retry,
+    current_attempt,
+    current_scope,
+)
 from meshkit.core.events import Event, ServerRequestEnded, ServerRequestStarted
 from meshkit.core.scope import Scope
 from meshkit.testing.clock import ManualClock
@@ -445,6 +454,42 @@ async def test_used_up_retries_are_told_with_an_error(serve: Serve, status: int,
     """Only an error response tells the caller not to try again."""
     client = await serve(an_app())
     assert mark == (await client.get(f"/exhausted?status={status}")).headers.get("meshkit-retry")
+
+
+@pytest.mark.parametrize(
+    ("attempts", "refused_at", "answered"),
+    [
+        # Nothing was sent: what the caller hears is the refusal itself.
+        (3, 1, (503, "rejected", "3")),
+        # Something failed, and a further attempt was refused, or would have been by the breaker that it opened.
+        (3, 2, (500, "exhausted", None)),
+        (3, None, (500, "exhausted", None)),
+        # A single attempt has used nothing up.
+        (1, None, (500, None, None)),
+    ],
+    ids=["at first", "later", "opened", "one attempt"],
+)
+async def test_a_retry_that_a_breaker_ends_tells_the_caller_not_to_try_again(
+    serve: Serve, attempts: int, refused_at: int | None, answered: tuple[int, str | None, str | None]
+) -> None:
+    """Whether the refusal or the real error is what comes out, the caller learns that another attempt is of no use."""
+    app = an_app()
+    policies = [Retry(attempts=attempts, backoff=Backoff(first=0))]
+    breaker = CircuitBreaker("provider", min_calls=1)
+
+    async def ask() -> None:
+        if refused_at == current_attempt():
+            raise CircuitOpenError(policy="provider", retry_after=2.1)
+        raise ConnectionError("provider is down")
+
+    @app.get("/price")
+    async def price() -> None:
+        await Pipeline("provider", *policies, *([] if refused_at or attempts == 1 else [breaker])).call(ask)
+
+    client = await serve(app)
+    answer = await client.get("/price")
+    headers = answer.headers
+    assert answered == (answer.status_code, headers.get("meshkit-retry"), headers.get("retry-after"))
 
 
 async def test_an_error_nobody_handles_tells_of_used_up_retries_too(serve: Serve) -> None:

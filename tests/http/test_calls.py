@@ -11,7 +11,15 @@ import pytest
 from opentelemetry.trace import SpanKind, StatusCode
 
 import meshkit.httpx
-from meshkit import AttemptTimeoutError, CircuitBreaker, CircuitOpenError, DeadlineExceededError, Fallback, Scope
+from meshkit import (
+    AttemptTimeoutError,
+    CircuitBreaker,
+    CircuitOpenError,
+    DeadlineExceededError,
+    Fallback,
+    Scope,
+    retry_end,
+)
 from meshkit.core.events import ClientCallEnded, Event, TimedOut
 from meshkit.core.scope import scope_open
 from meshkit.testing.clock import ManualClock
@@ -79,6 +87,20 @@ async def test_the_deadline_of_the_request_being_served_goes_along(
     with scope_open(Scope(deadline=clock.now() + 2.0)):
         await client().get("/")
     assert "2000" == host.asked[0].headers["meshkit-timeout-ms"]
+
+
+async def test_a_call_that_opens_the_breaker_ends_with_what_it_came_to(
+    client: Make, library: Any, nobody: str, events: list[Event], clock: ManualClock
+) -> None:
+    """The error is that of the library, at once and not after a wait, and the request knows that retries are used up."""
+    breaker = CircuitBreaker("prices", min_calls=2, clock=clock)
+    with scope_open(Scope()) as scope, pytest.raises(library.ConnectError) as caught:
+        await client(base_url=nobody, breaker=breaker).get("/")
+    assert ["meshkit: gave up on 'prices' after 2 attempts, ended by breaker"] == caught.value.__notes__
+    assert ("breaker", 1) == (retry_end(caught.value), len(clock.sleeps))
+    assert (2, 0) == (breaker.counts["failure"], breaker.counts["rejected"])
+    assert (True, 15.0) == (scope.exhausted, scope.opened)
+    assert [("error", 2)] == ended(events)
 
 
 async def test_a_refused_call_leaves_its_trace(

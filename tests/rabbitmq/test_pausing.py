@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 
+import pytest
 from bus_steps import QUEUE, MakeBus, Outside, UserCreated, embedded, until
 
+from meshkit import Backoff, Pipeline, Retry
 from meshkit.core.events import (
     ConsumerPaused,
     ConsumerProbed,
@@ -100,6 +102,35 @@ async def test_a_rejection_leaves_the_attempt_as_it_is(make_bus: MakeBus, told: 
     assert [] == told_of(told, MessageRetried)
     assert ["requeue"] * 4 + ["ack"] == [event.outcome for event in told_of(told, MessageSettled)]  # type: ignore[attr-defined]
     assert {"provider"} == {event.policy for event in told_of(told, ConsumerPaused)}  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("way", ["refused", "opened", "isolated"])
+async def test_a_retry_that_a_breaker_ends_pauses_too(make_bus: MakeBus, told: list[Event], way: str):
+    """What leaves the handler is the real error, and yet it is no try at the message: the breaker was told on the way."""
+    breaker = CircuitBreaker("provider", min_calls=1, open_for=0.05, ignore=OSError if way != "opened" else ())
+    bus, seen = make_bus(retry="50ms"), []
+
+    @Pipeline("provider", Retry(attempts=9, backoff=Backoff(first=0)), breaker)
+    async def charge() -> None:
+        if len(seen) < 3:
+            if way != "opened":
+                breaker.isolate() if way == "isolated" else breaker.force_open(0.05)
+            raise ConnectionError("provider is down")
+
+    @bus.subscribe(UserCreated)
+    async def handle(event: UserCreated, delivery: Delivery) -> None:
+        seen.append(delivery.attempt)
+        if way == "isolated":
+            breaker.reset()
+        await charge()
+
+    await bus.start()
+    await bus.publish(UserCreated(number=1))
+    await until(lambda: "ack" in [event.outcome for event in told_of(told, MessageSettled)])  # type: ignore[attr-defined]
+    assert [1, 1, 1] == seen
+    assert [] == told_of(told, MessageRetried)
+    assert ["requeue", "requeue", "ack"] == [event.outcome for event in told_of(told, MessageSettled)]  # type: ignore[attr-defined]
+    assert told_of(told, ConsumerPaused)
 
 
 async def test_a_breaker_around_the_handler_pauses_too(make_bus: MakeBus, told: list[Event]):
