@@ -510,3 +510,29 @@ def test_wrong_options_are_refused(wrong):
     """Each value that cannot work is refused when the limiter is made."""
     with pytest.raises(ConfigurationError):
         RateLimiter(**wrong)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"permits": 10, "per": 5e-324},
+        {"permits": 10**10},
+        {"permits": 10**400},
+        {"permits": 1, "per": 10**400},
+        {"permits": 1, "burst": 10**400},
+        {"permits": 1, "per": 1e308, "burst": 10},
+    ],
+    ids=["no time", "ten a nanosecond", "many permits", "a long time", "a large bucket", "a slow bucket"],
+)
+def test_a_rate_that_no_clock_can_follow_is_refused(options):
+    """Numbers of the right kind whose quotient or product is none that can be timed are a mistake of the options."""
+    with pytest.raises(ConfigurationError, match="a rate that can be timed"):
+        RateLimiter(**options)
+
+
+def test_the_fastest_and_the_slowest_rate_can_be_asked(clock):
+    """At both ends of what is accepted, all that can be read of a limiter is a number."""
+    for options in ({"permits": 10**9, "burst": 1}, {"permits": 1, "per": 1e300, "burst": 10**6}):
+        limiter = RateLimiter(**options, clock=clock)
+        Pipeline("prices", limiter).call_sync(lambda: None)
+        assert 0 <= limiter.available <= limiter.burst

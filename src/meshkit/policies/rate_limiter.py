@@ -20,6 +20,8 @@ T = TypeVar("T")
 
 # A permit may be taken so many seconds early: timers ring, and binary fractions add up, that exactly.
 _SLACK = 1e-6
+# Seconds between two permits at least: clocks count nanoseconds.
+_FINEST = 1e-9
 
 _rate_limiters: weakref.WeakSet[RateLimiter] = weakref.WeakSet()
 _rate_limiters_lock = threading.Lock()
@@ -125,13 +127,26 @@ class RateLimiter:
                 "With wait=None the request's deadline bounds it.",
             )
         check_clock(clock)
+        burst = permits if burst is None else burst
+        try:
+            interval = per / permits
+            # So long the bucket takes to fill.
+            filled = burst * interval
+        except OverflowError:
+            interval = filled = math.inf
+        if not (interval >= _FINEST and filled < math.inf):
+            # Without the numbers: some have more digits than anybody reads.
+            raise ConfigurationError(
+                "permits, per and burst are a rate that can be timed, and these are none: per / permits is the seconds "
+                "between two permits, 1e-9 or more, and burst times that is a number of seconds that a float holds."
+            )
         self.name = name
         self.permits = permits
         self.per = per
-        self.burst = permits if burst is None else burst
+        self.burst = burst
         self.wait = wait
         self._clock = clock
-        self._interval = per / permits
+        self._interval = interval
         # When the bucket is full, if nobody takes anything: all there is to know about it.
         self._full = -math.inf
         # In order of their coming.
