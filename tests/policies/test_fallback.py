@@ -198,7 +198,7 @@ def test_an_answer_that_takes_no_outcome_is_refused(answer, why):
 @pytest.mark.parametrize(
     "answer",
     [lambda outcome: 1, lambda *_: 1, lambda outcome, more=2: 1, functools.partial(max, 1), dict, str, OSError, len],
-    ids=repr,
+    ids=["one", "any", "default", "partial", "dict", "str", "exception", "len"],
 )
 def test_an_answer_that_may_take_an_outcome_is_taken(answer):
     """With further arguments that have a default, and where nobody can say: a function of C's, a class."""
