@@ -459,3 +459,73 @@ async def test_a_fallback_knows_what_ended_the_retry_inside(clock, refusal, reas
         stop()
     assert [(reason, "ConnectionError")] == [(event.reason, event.error_type) for event in heard]
     assert not scope.exhausted
+
+
+# -- what is told -----------------------------------------------------------------------------------------------------
+
+
+async def test_a_wait_for_the_breaker_is_not_told_as_the_other_sides(clock):
+    """It is our own breaker that asks for it; what the other side asks for is told as its own."""
+    heard = []
+    stop = listen(heard.append, kind=RetryScheduled)
+    clock.chance = 0.0
+    busy = ConnectionError()
+    busy.retry_after = 2.0
+    try:
+        for error in (ConnectionError(), busy):
+            fn, _ = scripted(False, error, "ok")
+            breaker = CircuitBreaker("b", min_calls=1, open_for=5.0, heed_retry_after=False, clock=clock)
+            assert "ok" == await Pipeline("x", Retry(patient=True, clock=clock), breaker).call(fn)
+    finally:
+        stop()
+    assert [(5.0, False), (5.0, True)] == [(event.delay, event.from_server) for event in heard]
+
+
+async def test_attempts_that_were_all_refused_are_told_as_attempts(clock, ends):
+    """Where no attempt reached the function, those that were refused are counted."""
+    fn, _ = scripted(False, *[refused() for _ in range(3)])
+    with scope_open(Scope()) as scope, pytest.raises(CircuitOpenError) as caught:
+        await Pipeline("x", Retry(patient=True, clock=clock)).call(fn)
+    assert ["meshkit: gave up on 'x' after 3 attempts, ended by attempts"] == notes(caught.value)
+    assert [(3, "attempts")] == [(event.attempts, event.reason) for event in ends]
+    assert (True, None) == (scope.exhausted, scope.opened)
+
+
+@pytest.mark.parametrize(
+    ("refusal", "tried"), [(refused(), 1), (refused(None), 1), (BulkheadFullError(), 3)], ids=["open", "busy", "full"]
+)
+async def test_a_retry_around_a_retry_learns_of_a_refusal_by_a_breaker(clock, refusal, tried):
+    """The outer one does not take the real error for one that another attempt could help. A full bulkhead is no such
+    thing: the next attempt may find a place."""
+    fn, seen = scripted(
+        False, ConnectionError("1"), refusal, ConnectionError("2"), refusal, ConnectionError("3"), refusal
+    )
+    outer, inner = (Retry(backoff=AT_ONCE, clock=clock) for _ in range(2))
+    with pytest.raises(ConnectionError, match=str(tried)):
+        await Pipeline("x", outer, inner).call(fn)
+    assert 2 * tried == len(seen)
+
+
+@KINDS
+async def test_patience_waits_after_a_result_that_opens_the_breaker_at_its_end(clock, sync):
+    """The next attempt comes after the backoff, and the one after it when the breaker lets it."""
+    clock.chance = 0.0
+    answers = [503, 200]
+
+    def send(call):
+        return answers.pop(0)
+
+    async def asend(call):
+        return send(call)
+
+    breaker = CircuitBreaker("b", min_calls=1, open_for=5.0, clock=clock)
+    pipeline = Pipeline("x", Retry(backoff=NONE, patient=True, clock=clock), breaker)
+    call = Call(
+        "x",
+        judge=lambda outcome: Judgement(
+            retry=outcome.result == 503, breaker="failure" if outcome.result == 503 else "success"
+        ),
+    )
+    assert 200 == (pipeline.run_sync(call, send) if sync else await pipeline.run(call, asend))
+    call.end(Outcome(200))
+    assert ([0.1, 4.9], "closed") == ([round(slept, 3) for slept in clock.sleeps], breaker.state)
