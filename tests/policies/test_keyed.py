@@ -199,6 +199,117 @@ async def test_nobody_is_asked_again_at_once_where_all_are_open(clock, monkeypat
     assert 200 == states
 
 
+async def test_old_failures_of_others_take_no_protection_away(clock, monkeypatch):
+    """Where keys that failed once and were never called again fill all places, those that are called now have breakers
+    that open, and none of their calls looks through all of them."""
+    family = by_first(clock, most=100)
+    guarded = family(load)
+    for number in range(100):
+        await fail(guarded, number)
+    await clock.advance(86_400)
+    states = 0
+    real = CircuitBreaker.state.fget
+
+    def counted(self):
+        nonlocal states
+        states += 1
+        return real(self)
+
+    monkeypatch.setattr(CircuitBreaker, "state", property(counted))
+    reached = []
+    for _ in range(50):
+        for tenant in ("a", "b"):
+            try:
+                await guarded(tenant, broken=True)
+            except ConnectionError:
+                reached.append(tenant)
+            except CircuitOpenError:
+                pass
+    assert (["a", "b", "a", "b"], 2) == (reached, states)
+
+
+async def test_the_least_recently_called_goes_be_it_closed_or_open_with_its_time_over(clock):
+    """One whose time is over stays where it was used after a closed one, and goes where it was used before it."""
+    family = by_first(clock, most=3)
+    family.get("closed")
+    open_it(family, "over", "later")
+    await clock.advance(11)
+    family.get("new")
+    assert ["over", "later", "new"] == [key for key, _ in family.items()]
+    family.get("over")
+    family.get("newer")
+    assert ["new", "over", "newer"] == [key for key, _ in family.items()]
+
+
+async def test_one_with_a_probe_under_way_stays_until_its_time_is_over(clock):
+    """A breaker that probes is kept while a probe is under way, also where further places are free, and no longer than a
+    probe may take; between probes it goes like any other."""
+    family = by_first(clock, most=2, probes=3, probe_for=30.0)
+    for key in ("hangs", "between"):
+        family.get(key).force_open(5)
+    await clock.advance(6)
+    family.get("hangs").calling().__enter__()
+    with family.get("between").calling():
+        assert family.get("none") is None
+    assert ("half_open", 1, 0) == (
+        family.get("between").state,
+        family.get("hangs").probing,
+        family.get("between").probing,
+    )
+    await clock.advance(1)
+    assert family.get("first") is not None
+    assert ["hangs", "first"] == [key for key, _ in family.items()]
+    family.get("first").isolate()
+    assert family.get("none") is None
+    await clock.advance(30)
+    assert family.get("second") is not None
+    assert ["first", "second"] == [key for key, _ in family.items()]
+
+
+async def test_few_places_among_many_that_guard_cost_one_look_a_second(clock, monkeypatch):
+    """Where all but one breaker reject calls, keys that take turns for the last place ask each of them once a second, and
+    have a place more as soon as the time of one is over."""
+    family = by_first(clock, most=100, open_for=50.0)
+    open_it(family, *range(99))
+    states = 0
+    real = CircuitBreaker.state.fget
+
+    def counted(self):
+        nonlocal states
+        states += 1
+        return real(self)
+
+    monkeypatch.setattr(CircuitBreaker, "state", property(counted))
+    for number in range(1000):
+        assert family.get(f"further {number}") is not None
+    assert 99 + 999 == states
+    assert [*range(99), "further 999"] == [key for key, _ in family.items()]
+    await clock.advance(50)
+    kept = {key: family.get(key) for key in ("x", "y", "z")}
+    assert kept == {key: breaker for key, breaker in family.items() if key in kept}
+
+
+def test_a_listener_may_ask_for_a_key_while_room_is_made(clock):
+    """Whoever hears that a breaker has opened again, because its probe took too long, may use the family."""
+    family = by_first(clock, most=2, probe_for=5.0)
+    for key in ("a", "b"):
+        family.get(key).core.half_open()
+        family.get(key).calling().__enter__()
+    clock.block(5)
+    heard = []
+
+    def again(event):
+        heard.append((event.new, family.get("a") is not None))
+
+    stop = listen(again, kind=CircuitChanged)
+    try:
+        assert family.get("c") is None
+    finally:
+        stop()
+    assert [("open", True)] * 2 == heard
+    assert 2 == len(family)
+
+
 def test_ten_thousand_keys_stay_within_the_bound(clock):
     """10,000 keys leave `most` breakers alive, and no more memory than those take."""
     family = by_first(clock, most=100)

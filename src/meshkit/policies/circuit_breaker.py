@@ -471,6 +471,13 @@ class CircuitBreaker:
         return wait
 
     @property
+    def probing(self) -> int:
+        """Probes that are under way, without those whose time is over."""
+        with self._lock:
+            under_way = self._state == "half_open" and self._clock.now() < self._probed_at + self.probe_for
+            return self._probing if under_way else 0
+
+    @property
     def counts(self) -> dict[str, int]:
         """Calls since the breaker was made, by result: success, failure, ignored, rejected; and shadowed: let through
         in shadow mode where they would have been rejected."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 import logging
+import math
 import threading
 import weakref
 from collections import OrderedDict
@@ -27,7 +28,7 @@ K = TypeVar("K", bound=Hashable)
 V = TypeVar("V")
 _log = logging.getLogger("meshkit")
 
-# Where no breaker could be forgotten, nobody looks again for so many seconds: to look means to ask all of them.
+# A breaker that was found to guard something is not asked again for so many seconds, where nobody uses it.
 _LOOK_AGAIN: Final = 1.0
 # So often, at the most, the log says that keys go without a breaker.
 _WARN_EVERY: Final = 60.0
@@ -44,7 +45,8 @@ def families() -> list[CircuitBreakers]:
 
 class Kept(Generic[K, V]):
     """The `most` things used last, a breaker with each: one whose breaker guards something is never dropped. Whoever has
-    it sees to the threads.
+    it sees to the threads. To make room takes the same time however many are kept, but for one look a second at all that
+    guard.
 
     Args:
         name: what the log calls them.
@@ -53,40 +55,41 @@ class Kept(Generic[K, V]):
         clock: where the time comes from.
     """
 
-    __slots__ = ("_breaker_of", "_clock", "_full_until", "_name", "_things", "_warned_at", "most")
+    __slots__ = ("_breaker_of", "_clock", "_guarding", "_look_at", "_name", "_things", "_warned_at", "most")
 
     def __init__(self, name: str, most: int, breaker_of: Callable[[V], CircuitBreaker | None], clock: Clock) -> None:
         self._name = name
         self.most = most
         self._breaker_of = breaker_of
         self._clock = clock
+        # Both least recently used first; what guards was used before all others.
         self._things: OrderedDict[K, V] = OrderedDict()
-        self._full_until: float | None = None
+        self._guarding: dict[K, V] = {}
+        self._look_at = -math.inf
         self._warned_at: float | None = None
 
     def __len__(self) -> int:
-        return len(self._things)
+        return len(self._things) + len(self._guarding)
 
     def items(self) -> list[tuple[K, V]]:
         """What is kept, least recently used first."""
-        return list(self._things.items())
+        return [*self._guarding.items(), *self._things.items()]
 
     def get(self, key: K) -> V | None:
         """What is kept for a key, which counts as a use of it."""
         found = self._things.get(key)
         if found is not None:
             self._things.move_to_end(key)
+        elif (found := self._guarding.pop(key, None)) is not None:
+            self._things[key] = found
         return found
 
     def has_room(self, key: K) -> bool:
         """Whether a further thing can be kept; drops the least recently used one where that is what it takes."""
-        if len(self._things) < self.most:
+        if len(self) < self.most:
             return True
         now = self._clock.now()
-        if self._full_until is not None and now < self._full_until:
-            return False
-        dropped = self._drop_one()
-        self._full_until = None if dropped else now + _LOOK_AGAIN
+        dropped = self._drop_one(now)
         if not dropped and (self._warned_at is None or now - self._warned_at >= _WARN_EVERY):
             self._warned_at = now
             _log.warning(
@@ -102,41 +105,43 @@ class Kept(Generic[K, V]):
 
     def look_again(self) -> None:
         """Somebody has closed breakers by hand."""
-        self._full_until = None
+        self._look_at = -math.inf
 
-    def _drop_one(self) -> bool:
-        closed: list[K] = []
-        waited: list[K] = []
-        probing: list[K] = []
-        guarding: list[K] = []
-        for key, thing in self._things.items():
-            breaker = self._breaker_of(thing)
-            state = "closed" if breaker is None else breaker.state
-            if breaker is None or state == "closed":
-                closed.append(key)
-                break
-            if state == "half_open" and breaker.retry_after == 0.0:
-                # Better than none: nobody has called since its time was over; or it probes, and a place is free.
-                (waited if breaker.core.current_state == "open" else probing).append(key)
-            else:
-                guarding.append(key)
-        for key in guarding:
-            # It is in use for as long as it guards, so the next one that looks need not begin with it.
-            self._things.move_to_end(key)
-        for candidates in (closed, waited, probing):
-            if candidates:
-                del self._things[candidates[0]]
-                return True
+    def _drop_one(self, now: float) -> bool:
+        if now >= self._look_at:
+            # In front again, where they were: nobody has used them since.
+            for key in reversed(self._guarding):
+                self._things[key] = self._guarding[key]
+                self._things.move_to_end(key, last=False)
+            self._guarding.clear()
+            self._look_at = now + _LOOK_AGAIN
+        while self._things:
+            key, thing = next(iter(self._things.items()))
+            # Whoever hears of its state may come back here, so `key` need not be there any more.
+            if _may_go(self._breaker_of(thing)):
+                if self._things.pop(key, None) is not None:
+                    return True
+            elif key in self._things:
+                self._guarding[key] = self._things.pop(key)
         return False
+
+
+def _may_go(breaker: CircuitBreaker | None) -> bool:
+    """Whether nothing is lost with a breaker but what is old: it is closed; or its time is over and no probe is out, so
+    that the next call goes through with it and without it."""
+    if breaker is None:
+        return True
+    state = breaker.state
+    return state == "closed" or (state == "half_open" and not breaker.probing)
 
 
 class CircuitBreakers:
     """A circuit breaker a key: in a pipeline, as a decorator, or one at a time by `get`.
 
-    The `most` keys used last have one. For a further key the least recently used breaker goes, a closed one first; one
-    that rejects calls, that is probing, or that was isolated or disabled by hand is never forgotten. Where that leaves
-    none to forget, calls of further keys go without a breaker, and the log says so. Threads and event loops may share
-    one.
+    The `most` keys used last have one. For a further key the least recently used breaker goes, be it closed, or open with
+    its time over and no probe under way; one that rejects calls, that is probing, or that was isolated or disabled by
+    hand is never forgotten. Where that leaves none to forget, calls of further keys go without a breaker, and the log
+    says so. Threads and event loops may share one.
 
         breakers = CircuitBreakers("orders-db", key=lambda tenant, order_id: tenant, open_for=30)
 
