@@ -13,7 +13,7 @@ is a port that refuses connections, one that answers 503, or one that accepts an
 * errors: where a tenth of the calls to a living dependency fail by chance, as many requests succeed as with plain retries, but for
   a hundredth.
 * breakers: with breakers on only the one next to the dead part opens, and once the dependency is back, the first request succeeds
-  within the open period that is going on. Where it hangs, this is shown at 25 requests a second only, unless `--hang-rate` says more.
+  within the open period that is going on, and a quarter of a second for its way. Where it hangs, this is shown at 25 requests a second only, unless `--hang-rate` says more.
 
 Exit code 3: it ran to its end, and one of them is not so. The logs of all processes are kept then.
 """
@@ -49,8 +49,10 @@ PLAIN = 27
 POINT = 0.01
 LEAVES = ("refuse", "down", "hang")
 PARTS = ("amplification", "control", "errors", "breakers")
-# What a request may take on its way beside the waiting: a process that was idle, a machine that others use too.
-SLACK = 0.5
+# What the first success may take beside the waiting: until the next request comes (a hundredth of a second, a twenty-fifth
+# where it hangs), its way through three services and back, and the answer in which `b` tells what is left. The rest is for
+# processes that wait for a core. A success that missed its period is at least a whole `--open-for` late.
+SLACK = 0.25
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -352,9 +354,15 @@ def main() -> int:
     parser.add_argument("--only", type=partial(_listed, PARTS), default=PARTS, help=f"of {','.join(PARTS)}")
     parser.add_argument("--json", action="store_true", help="only the summary on stdout, what goes on to stderr")
     given = parser.parse_args()
-    if given.requests < 50 or not 0 < given.rate <= 10_000 or not given.open_for > 0 or not given.hang_rate > 0:
+    if (
+        given.requests < 50
+        or not 0 < given.rate <= 10_000
+        or not given.open_for >= 2 * SLACK
+        or not given.hang_rate > 0
+    ):
         parser.error(
-            "--requests is 50 or more, so that a breaker has something to judge; --rate, --hang-rate and --open-for are above 0"
+            "--requests is 50 or more, so that a breaker has something to judge; --rate and --hang-rate are above 0; "
+            f"--open-for is {2 * SLACK:g} or more, so that a period that was missed can be told from a slow machine"
         )
     options = Options(
         requests=given.requests,
