@@ -1,4 +1,5 @@
 import asyncio
+import functools
 import gc
 import logging
 import random
@@ -455,6 +456,26 @@ def test_wrong_values_say_what_would_be_right():
         family.get([1])
     with pytest.raises(ConfigurationError, match="seconds is how long"):
         family.force_open(-1)
+
+
+async def test_a_key_that_would_have_to_be_awaited_is_refused():
+    """A coroutine function as `key` would give each call a breaker of its own, so it is refused: when the object is made,
+    or at the first call where only what it returns shows it."""
+
+    async def key(tenant):
+        return tenant
+
+    class Key:
+        async def __call__(self, tenant):
+            return tenant
+
+    for wrong in (key, functools.partial(key), Key(), Key().__call__):
+        with pytest.raises(ConfigurationError, match="is a coroutine function"):
+            CircuitBreakers("x", key=wrong)
+    family = CircuitBreakers("x", key=lambda tenant: key(tenant))
+    with pytest.raises(ConfigurationError, match="'x' has returned a coroutine"):
+        await family(load)("a")
+    assert 0 == len(family)
 
 
 async def test_a_call_without_arguments_of_its_own_is_refused():

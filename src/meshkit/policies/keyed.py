@@ -12,7 +12,7 @@ import math
 import threading
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Coroutine, Hashable
 from typing import Any, Final, Generic, Literal, ParamSpec, TypeVar, cast
 
 from meshkit.core.call import NO_WORK, Call, Next, NextSync
@@ -179,6 +179,11 @@ class CircuitBreakers:
                 f"key is a function that gets the arguments of the call and returns its key, not {key!r}.",
                 "For the first argument: key=lambda first, *rest: first.",
             )
+        if inspect.iscoroutinefunction(key) or inspect.iscoroutinefunction(getattr(key, "__call__", None)):  # noqa: B004
+            raise ConfigurationError(
+                f"key returns the key of a call at once, and {key!r} is a coroutine function: each call would be a key.",
+                "Await what the key needs before the call, and hand it over as an argument.",
+            )
         if not (isinstance(most, int) and most >= 1):
             raise ConfigurationError(f"most is how many breakers are kept, so 1 or above, not {most}.")
         if named is not None and not callable(cast("object", named)):
@@ -232,6 +237,13 @@ class CircuitBreakers:
                 raise ConfigurationError(f"a key must be hashable, and {key!r} of {self.name!r} is not.") from error
             if found is not None:
                 return found
+            if isinstance(key, Coroutine):
+                # Of a plain function that calls an async one. Asked here, where nothing slows the keys that are known.
+                key.close()
+                raise ConfigurationError(
+                    f"the key function of {self.name!r} has returned a coroutine: each call would be a key.",
+                    "Await what the key needs before the call, and hand it over as an argument.",
+                )
             if not self._kept.has_room(key):
                 # While all are ordered to reject, that holds for this key too.
                 return self._gate if self.ordered else None
