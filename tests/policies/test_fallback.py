@@ -593,3 +593,106 @@ async def test_what_is_answered_for_is_not_used_up(before):
         with pytest.raises(OSError):
             await Pipeline("prices", Retry(attempts=2, backoff=Backoff(first=0))).call(fails)
         assert scope.exhausted
+
+
+def grouped():
+    raise ExceptionGroup("tasks", [OSError(), PermissionError("no")])
+
+
+def led_to_another():
+    try:
+        raise PermissionError("no")
+    except PermissionError:
+        raise OSError("went wrong")  # noqa: B904 - as careless code does it
+
+
+def as_text():
+    error = OSError("no")
+    error.status_code = "403"
+    raise error
+
+
+def as_a_fraction():
+    error = OSError("no")
+    error.status = 401.0
+    raise error
+
+
+@pytest.mark.parametrize("denies", [grouped, led_to_another, as_text, as_a_fraction])
+async def test_a_refusal_in_any_disguise_gives_nothing_that_was_kept(denies):
+    """Grouped by a TaskGroup, behind an error that came of it, or said as text: the kept answer stays where it is."""
+    denied = False
+
+    async def look():
+        if denied:
+            denies()
+        return "secret"
+
+    guard = Pipeline("files", Fallback(last_good=LastGood(key=None)))
+    assert "secret" == await guard.call(look)
+    denied = True
+    with pytest.raises((OSError, ExceptionGroup)):
+        await guard.call(look)
+
+
+async def test_functions_that_say_they_are_equal_share_no_answer():
+    """A callable client of one user and that of another are two, whatever their `__eq__` says; an unhashable one too."""
+
+    class Client:
+        def __init__(self, user):
+            self.user = user
+
+        __hash__ = None
+
+        def __eq__(self, other):
+            return True
+
+        async def __call__(self, fails):
+            if fails:
+                raise OSError
+            return f"secret of {self.user}"
+
+    guard = Pipeline("files", Fallback(last_good=LastGood(key=lambda fails: 1)))
+    alice, bob = Client("alice"), Client("bob")
+    assert "secret of alice" == await guard.call(alice, False)
+    with pytest.raises(OSError):
+        await guard.call(bob, True)
+    assert "secret of alice" == await guard.call(alice, True)
+
+
+async def test_a_key_is_a_plain_function():
+    """A coroutine function as key is refused: each of its coroutines is a key that never comes again."""
+
+    async def key():
+        return 1
+
+    with pytest.raises(ConfigurationError, match="key is a plain function"):
+        LastGood(key=key)
+
+
+@pytest.mark.parametrize("answered", [True, False])
+async def test_a_failed_call_leaves_nothing_for_the_collector(answered):
+    """What the call held is let go of when it ends, not when the collector comes."""
+    kept = []
+
+    class Load:
+        pass
+
+    async def fails():
+        load = Load()
+        kept.append(weakref.ref(load))
+        raise OSError
+
+    guard = Pipeline("prices", Fallback(answer=1, on=OSError if answered else KeyError))
+    gc.collect()
+    gc.disable()
+    try:
+        for _ in range(3):
+            if answered:
+                assert 1 == await guard.call(fails)
+            else:
+                with pytest.raises(OSError):
+                    await guard.call(fails)
+        assert [None, None, None] == [each() for each in kept]
+    finally:
+        gc.enable()

@@ -8,6 +8,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
+from types import MethodType
 from typing import Any, Final, Literal, TypeVar, cast
 
 from meshkit.core.call import Call, Next, NextSync, Outcome
@@ -24,6 +25,7 @@ _Reason = Literal["breaker_open", "rejected", "timeout", "retries_exhausted", "e
 # Ends of a retry after which it had done what it could.
 _EXHAUSTED: Final = ("attempts", "deadline", "budget", "server")
 _DENIED: Final = (401, 403)
+_MOST_ERRORS: Final = 100
 
 
 class _Nothing:
@@ -32,6 +34,25 @@ class _Nothing:
 
 
 _NOTHING: Final = _Nothing()
+
+
+# Before a call has come to anything.
+_NOTHING_YET: Final = Outcome()
+
+
+class _Itself:
+    """A function as a key: equal to itself, whatever its own `__eq__` says, and kept alive by it."""
+
+    __slots__ = ("fn",)
+
+    def __init__(self, fn: object) -> None:
+        self.fn = fn
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Itself) and self.fn is other.fn
+
+    def __hash__(self) -> int:
+        return id(self.fn)
 
 
 class LastGood:
@@ -72,6 +93,10 @@ class LastGood:
         if key is not None and not callable(cast("object", key)):
             raise ConfigurationError(
                 f"key is a function of the call's arguments, or None for one answer for all, not {key!r}."
+            )
+        if inspect.iscoroutinefunction(key) or inspect.iscoroutinefunction(getattr(key, "__call__", None)):  # noqa: B004
+            raise ConfigurationError(
+                f"key is a plain function, and {key!r} is a coroutine function, which nobody would await."
             )
         if isinstance(max_age, bool) or not isinstance(cast("object", max_age), int | float) or not max_age > 0:
             raise ConfigurationError(f"max_age is how many seconds an answer may be old, so above 0, not {max_age!r}.")
@@ -115,7 +140,9 @@ class LastGood:
                 "Keep what is made of it: put the Fallback around the function that reads it.",
             )
         fn, args, kwargs = call.work
-        key = (fn, None if self.key is None else self.key(*args, **kwargs))
+        # A bound method is made anew each time it is asked for, and equal to another one of the same object.
+        function = fn if isinstance(fn, MethodType) else _Itself(fn)
+        key = (function, None if self.key is None else self.key(*args, **kwargs))
         try:
             hash(key)
         except TypeError:
@@ -227,83 +254,93 @@ class Fallback:
         last_good = self.last_good
         key = None if last_good is None else last_good.key_of(call)
         mark, exhausted = call.mark(), _exhausted()
+        outcome = _NOTHING_YET
         try:
-            result = await call_next(call)
-        except Exception as error:
-            outcome = Outcome(error=error)
-            if not self._answers(call, outcome):
-                raise
-        else:
-            outcome = Outcome(result)
-            if not self._answers(call, outcome):
-                if last_good is not None:
-                    last_good.keep(key, result)
-                return result
-        reason = self._reason(outcome, exhausted)
-        kept = self._kept(key, outcome)
-        if kept is None and self.answer is _NOTHING:
-            return cast("T", self._without(call, reason, outcome))
-        # What is inside has failed and is over: a breaker there must not take our answer for its own.
-        try:
-            await call.dispose(outcome)
+            try:
+                result = await call_next(call)
+            except Exception as error:
+                outcome = Outcome(error=error)
+                if not self._answers(call, outcome):
+                    raise
+            else:
+                outcome = Outcome(result)
+                if not self._answers(call, outcome):
+                    if last_good is not None:
+                        last_good.keep(key, result)
+                    return result
+            reason = self._reason(outcome, exhausted)
+            kept = self._kept(key, outcome)
+            if kept is None and self.answer is _NOTHING:
+                return cast("T", self._without(call, reason, outcome))
+            # What is inside has failed and is over: a breaker there must not take our answer for its own.
+            try:
+                await call.dispose(outcome)
+            finally:
+                call.end(outcome, since=mark)
+            if kept is not None:
+                self._answered(call, reason, outcome, exhausted, kept[1])
+                return cast("T", kept[0])
+            try:
+                answer = self.answer(outcome) if callable(self.answer) else self.answer
+                if inspect.isawaitable(answer):
+                    answer = await answer
+            except Exception as error:
+                self._failed(call, reason, outcome)
+                if outcome.error is None or error is outcome.error or error.__cause__ is not None:
+                    raise
+                raise error from outcome.error
+            self._answered(call, reason, outcome, exhausted)
+            return cast("T", answer)
         finally:
-            call.end(outcome, since=mark)
-        if kept is not None:
-            self._answered(call, reason, outcome, exhausted, kept[1])
-            return cast("T", kept[0])
-        try:
-            answer = self.answer(outcome) if callable(self.answer) else self.answer
-            if inspect.isawaitable(answer):
-                answer = await answer
-        except Exception as error:
-            self._failed(call, reason, outcome)
-            if outcome.error is None or error is outcome.error or error.__cause__ is not None:
-                raise
-            raise error from outcome.error
-        self._answered(call, reason, outcome, exhausted)
-        return cast("T", answer)
+            # An error holds its traceback, and that this frame, which holds the error.
+            del outcome
 
     def run_sync(self, call: Call, call_next: NextSync[T]) -> T:
         last_good = self.last_good
         key = None if last_good is None else last_good.key_of(call)
         mark, exhausted = call.mark(), _exhausted()
+        outcome = _NOTHING_YET
         try:
-            result = call_next(call)
-        except Exception as error:
-            outcome = Outcome(error=error)
-            if not self._answers(call, outcome):
-                raise
-        else:
-            outcome = Outcome(result)
-            if not self._answers(call, outcome):
-                if last_good is not None:
-                    last_good.keep(key, result)
-                return result
-        reason = self._reason(outcome, exhausted)
-        kept = self._kept(key, outcome)
-        if kept is None and self.answer is _NOTHING:
-            return cast("T", self._without(call, reason, outcome))
-        try:
-            call.dispose_sync(outcome)
+            try:
+                result = call_next(call)
+            except Exception as error:
+                outcome = Outcome(error=error)
+                if not self._answers(call, outcome):
+                    raise
+            else:
+                outcome = Outcome(result)
+                if not self._answers(call, outcome):
+                    if last_good is not None:
+                        last_good.keep(key, result)
+                    return result
+            reason = self._reason(outcome, exhausted)
+            kept = self._kept(key, outcome)
+            if kept is None and self.answer is _NOTHING:
+                return cast("T", self._without(call, reason, outcome))
+            try:
+                call.dispose_sync(outcome)
+            finally:
+                call.end(outcome, since=mark)
+            if kept is not None:
+                self._answered(call, reason, outcome, exhausted, kept[1])
+                return cast("T", kept[0])
+            try:
+                answer = self.answer(outcome) if callable(self.answer) else self.answer
+            except Exception as error:
+                self._failed(call, reason, outcome)
+                if outcome.error is None or error is outcome.error or error.__cause__ is not None:
+                    raise
+                raise error from outcome.error
+            if inspect.isawaitable(answer):
+                cast("Callable[[], None]", getattr(answer, "close", lambda: None))()
+                raise ConfigurationError(
+                    f"fallback {self.name!r} is a coroutine function, and the call it answers is a plain one."
+                )
+            self._answered(call, reason, outcome, exhausted)
+            return cast("T", answer)
         finally:
-            call.end(outcome, since=mark)
-        if kept is not None:
-            self._answered(call, reason, outcome, exhausted, kept[1])
-            return cast("T", kept[0])
-        try:
-            answer = self.answer(outcome) if callable(self.answer) else self.answer
-        except Exception as error:
-            self._failed(call, reason, outcome)
-            if outcome.error is None or error is outcome.error or error.__cause__ is not None:
-                raise
-            raise error from outcome.error
-        if inspect.isawaitable(answer):
-            cast("Callable[[], None]", getattr(answer, "close", lambda: None))()
-            raise ConfigurationError(
-                f"fallback {self.name!r} is a coroutine function, and the call it answers is a plain one."
-            )
-        self._answered(call, reason, outcome, exhausted)
-        return cast("T", answer)
+            # An error holds its traceback, and that this frame, which holds the error.
+            del outcome
 
     def _answers(self, call: Call, outcome: Outcome) -> bool:
         if outcome.error is None:
@@ -398,25 +435,34 @@ def _exhausted() -> bool:
 
 
 def _denied(error: BaseException) -> bool:
-    """Whether a call was refused for want of rights, by its error or what caused that."""
-    seen: BaseException | None = error
-    for _ in range(10):
-        if seen is None:
-            return False
+    """Whether a call was refused for want of rights: by its error, by one that it groups, or by what led to it."""
+    found: list[BaseException] = [error]
+    # Those found on the way are looked at too; so many that no real error has more.
+    for seen in found:
         if isinstance(seen, PermissionError):
             return True
         # How httpx, aiohttp, requests and urllib say it. What is asked for may be a property that fails.
         for said_by in (seen, _asked(seen, "response")):
-            if any(_asked(said_by, name) in _DENIED for name in ("status_code", "status", "code")):
+            if any(_is_denial(_asked(said_by, name)) for name in ("status_code", "status", "code")):
                 return True
-        seen = seen.__cause__
+        led = seen.__cause__ if seen.__suppress_context__ else seen.__cause__ or seen.__context__
+        parts = seen.exceptions if isinstance(seen, BaseExceptionGroup) else ()
+        if len(found) < _MOST_ERRORS:
+            found += [each for each in (led, *parts) if each is not None and not any(each is one for one in found)]
     return False
+
+
+def _is_denial(status: object) -> bool:
+    # As text too: "403". An enum of a library's own (grpc's, say) is no number.
+    try:
+        return int(cast("int", status)) in _DENIED if isinstance(status, int | float | str) else False
+    except (ValueError, OverflowError):
+        return False
 
 
 def _asked(thing: object, name: str) -> object:
     with contextlib.suppress(Exception):
-        value = getattr(thing, name, None)
-        return value if name == "response" or isinstance(value, int) else None
+        return getattr(thing, name, None)
     return None
 
 
