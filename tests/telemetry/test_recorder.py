@@ -476,6 +476,26 @@ def test_no_name_ends_all_scrapes(recorder, registry, name):
     assert 1 == value(registry, "meshkit_circuitbreaker_state", breaker=shown, state="closed")
 
 
+def test_an_idle_breaker_whose_time_is_over_shows_that_it_would_probe(recorder, registry):
+    """Nobody calls: the gauge says open until the time is over, and half-open from then on, as the first caller would
+    find it (a stock pybreaker says open for ever)."""
+    clock = ManualClock()
+    breaker = CircuitBreaker("idle", open_for=10, clock=clock)
+    breaker.force_open()
+
+    def shown():
+        generate_latest(registry)
+        return {
+            state
+            for state in ("closed", "open", "half_open")
+            if value(registry, "meshkit_circuitbreaker_state", breaker="idle", state=state)
+        }
+
+    assert {"open"} == shown()
+    clock.block(10)
+    assert {"half_open"} == shown()
+
+
 def test_an_isolated_breaker_says_so(recorder, registry):
     """`isolated` is a state of its own, not a kind of open."""
     breaker = CircuitBreaker("isolated-one")
