@@ -508,11 +508,10 @@ class Retry:
                     run.note(outcome.error)
                     raise outcome.error
                 try:
-                    try:
-                        if outcome.error is None:
+                    if outcome.error is None:
+                        try:
                             await run.dispose(current, outcome)
-                    finally:
-                        if current.ends:
+                        finally:
                             current.end(outcome, since=mark if current is call else 0)
                     # Where a breaker has opened by a result, only at its end, the next attempt is refused at once.
                     if delay > 0 and (current.opened is None or self.patient):
@@ -561,11 +560,10 @@ class Retry:
                     run.note(outcome.error)
                     raise outcome.error
                 try:
-                    try:
-                        if outcome.error is None:
+                    if outcome.error is None:
+                        try:
                             run.dispose_sync(current, outcome)
-                    finally:
-                        if current.ends:
+                        finally:
                             current.end(outcome, since=mark if current is call else 0)
                     if delay > 0 and (current.opened is None or self.patient):
                         self.clock.block(delay)
@@ -601,8 +599,8 @@ class _Run:
         "_keeps",
         "_kept",
         "_previous",
-        "_reached",
         "_reason",
+        "_refused",
         "_refused_by",
         "_retry",
         "_started",
@@ -627,7 +625,7 @@ class _Run:
         self._keeps = keeps
         # What the last attempt that was not refused came to, while another one is made.
         self._kept: tuple[Outcome, Judgement] | None = None
-        self._reached = 0
+        self._refused = 0
         self._refused_by: str | None = None
         self.attempts = 0
         self.own = retry.retry is None and retry.wait is None and retry.stop is None
@@ -636,7 +634,8 @@ class _Run:
     # their place. tenacity's order: the wait is known before the stop is asked, so that a stop can look at it.
 
     def decide(self, attempt: Call, outcome: Outcome) -> float | None:
-        judgement = self._counted(attempt, outcome)
+        self.attempts += 1
+        judgement = _UNKNOWN if attempt.judge is None else attempt.judge(outcome)
         reason = self._against(outcome, judgement)
         if reason is None and self.attempts >= self._retry.attempts:
             reason = "attempts"
@@ -647,7 +646,8 @@ class _Run:
 
     async def ask(self, attempt: Call, outcome: Outcome) -> float | None:
         retry = self._retry
-        judgement = self._counted(attempt, outcome)
+        self.attempts += 1
+        judgement = _UNKNOWN if attempt.judge is None else attempt.judge(outcome)
         state = self._told(outcome)
         wanted = False if retry.retry is None or isinstance(outcome.error, RejectedError) else retry.retry(state)
         reason = self._against(outcome, judgement, asked=bool(await wanted if inspect.isawaitable(wanted) else wanted))
@@ -688,7 +688,7 @@ class _Run:
         with contextlib.suppress(Exception):
             setattr(error, _END, self._reason)
         if self.attempts > 1 or (self._reason == "breaker" and not isinstance(error, RejectedError)):
-            made = self._reached or self.attempts
+            made = self._made
             note = (
                 f"meshkit: gave up on {self._call.name!r} after {made} attempt{'' if made == 1 else 's'}, "
                 f"ended by {self._reason}"
@@ -699,6 +699,11 @@ class _Run:
             if note not in getattr(error, "__notes__", ()):
                 with contextlib.suppress(Exception):
                     error.add_note(note)
+
+    @property
+    def _made(self) -> int:
+        """Attempts that were not refused; all of them, if all were."""
+        return self.attempts - self._refused or self.attempts
 
     def not_made(self) -> None:
         """The attempt that was decided on will not be made: it costs the budget nothing."""
@@ -722,17 +727,11 @@ class _Run:
         """As `dispose`, for a plain function."""
         driven(self.dispose(attempt, outcome), "a result that has to be waited for when it is disposed of")
 
-    def _counted(self, attempt: Call, outcome: Outcome) -> Judgement:
-        """Count an attempt that has ended, and say what its edge says of it."""
-        self.attempts += 1
-        if not isinstance(outcome.error, RejectedError):
-            self._reached += 1
-        return _UNKNOWN if attempt.judge is None else attempt.judge(outcome)
-
     def _against(self, outcome: Outcome, judgement: Judgement, *, asked: bool = False) -> RetryEnd | None:
         """What speaks against another attempt, `None` if nothing does. `asked` is what tenacity's predicate said."""
         retry, error = self._retry, outcome.error
         if isinstance(error, RejectedError):
+            self._refused += 1
             if isinstance(error, DeadlineTooCloseError):
                 return "deadline"
             return None if retry.patient else "breaker" if error.code == _CIRCUIT_OPEN else "rejected"
@@ -764,9 +763,9 @@ class _Run:
         if after is None:
             after = getattr(error, "retry_after", None)
         asked = 0.0 if after is None else _seconds_of(after, clock)
-        seconds = max(asked, attempt.opened or 0.0)
-        if not seconds:
+        if not asked and not attempt.opened:
             return delay, False
+        seconds = max(asked, attempt.opened or 0.0)
         by_server = asked > 0 and not isinstance(error, RejectedError)
         return max(delay, seconds * (1 + _AFTER_SPREAD * clock.random())), by_server
 
@@ -842,7 +841,7 @@ class _Run:
             emit(
                 RetryEnded(
                     source=self._call.name,
-                    attempts=self._reached or self.attempts,
+                    attempts=self._made,
                     reason=reason,
                     error_type=_type_of(outcome, judgement),
                 )
