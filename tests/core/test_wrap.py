@@ -444,3 +444,39 @@ async def test_a_redis_command_that_returns_something_to_await_is_guarded(clock)
             with pytest.raises(redis.ConnectionError):
                 await guarded.get("key")
     assert [1, 2] == tried
+
+
+async def test_a_guarded_client_can_be_guarded_by_another_pipeline(clock):
+    """Its methods are found without being named, and a call goes through both pipelines; what cannot be guarded is told
+    of the client, not of what stands in front of it."""
+
+    class Prices:
+        calls = 0
+
+        async def quote(self):
+            self.calls += 1
+            raise OSError
+
+        def stream(self):
+            return self.quote()
+
+        @property
+        def late(self):
+            raise AttributeError("not connected")
+
+    client = Prices()
+    inner = wrap(client, twice(clock), awaitable=["stream"], methods=["quote"])
+    outer = wrap(inner, twice(clock))
+    with pytest.raises(OSError):
+        await outer.quote()
+    assert 4 == client.calls
+    with pytest.raises(OSError):
+        await outer.stream()
+    assert 8 == client.calls
+    assert isinstance(outer, Prices)
+    assert outer == client
+    wrap(inner, twice(clock), methods=["late"])
+    with pytest.raises(ConfigurationError, match="Prices has no method 'quota'. Did you mean quote"):
+        wrap(inner, twice(clock), methods=["quota"])
+    with pytest.raises(ConfigurationError, match="Prices has no public coroutine method"):
+        wrap(wrap(type("Prices", (), {"go": lambda self: 1})(), twice(clock), methods=["go"]), twice(clock))

@@ -81,7 +81,7 @@ def wrap(client: C, pipeline: Pipeline, *, methods: Iterable[str] | None = None,
     chosen = tuple(dict.fromkeys((*named, *awaited)))
     if not chosen:
         raise ConfigurationError(
-            f"{type(client).__name__} has no public coroutine method to guard.",
+            f"{type(_innermost(client)).__name__} has no public coroutine method to guard.",
             "Name the methods: methods=, or awaitable= for plain functions that return something to await.",
         )
     state = _State(client, pipeline, chosen, frozenset(awaited))
@@ -101,11 +101,13 @@ def _names(given: Iterable[str], what: str) -> tuple[str, ...]:
 
 def _coroutine_methods(client: object) -> list[str]:
     found: list[str] = []
+    # A proxy has nothing of its own to be found.
+    innermost = _innermost(client)
     for name in dir(client):
         if name.startswith("_") or name in ENDS:
             continue
         # Without asking a property, which may do anything.
-        static = inspect.getattr_static(client, name, None)
+        static = inspect.getattr_static(innermost, name, None)
         if callable(static) or isinstance(static, staticmethod | classmethod | functools.partialmethod):
             method = getattr(client, name, None)
             if _is(inspect.iscoroutinefunction, method) and not isinstance(method, type):
@@ -137,11 +139,12 @@ class _State:
         Raises:
             ConfigurationError: it cannot.
         """
-        kind = type(self.client).__name__
+        innermost = _innermost(self.client)
+        kind = type(innermost).__name__
         try:
             method = getattr(self.client, name)
         except AttributeError as error:
-            if inspect.getattr_static(self.client, name, None) is not None:
+            if inspect.getattr_static(innermost, name, None) is not None:
                 # A property that has nothing yet (a client that is not connected): it is asked again at each call.
                 return
             known = [known for known in dir(self.client) if not known.startswith("_")]
@@ -187,7 +190,7 @@ class _State:
         inner = inspect.unwrap(method)
         if inspect.isasyncgenfunction(inner) or inspect.isgeneratorfunction(inner):
             raise ConfigurationError(
-                f"{name!r} of {type(self.client).__name__} returns a context manager: its call has hardly begun when"
+                f"{name!r} of {type(_innermost(self.client)).__name__} returns a context manager: its call has hardly begun when"
                 " it returns.",
                 "Guard what is called inside the block.",
             )
@@ -195,7 +198,7 @@ class _State:
             self.pipeline(method)
         except ConfigurationError as error:
             raise ConfigurationError(
-                f"{name!r} of {type(self.client).__name__} is a plain function: {error.cause}",
+                f"{name!r} of {type(_innermost(self.client)).__name__} is a plain function: {error.cause}",
                 "Where it returns something to await, name it in awaitable=.",
             ) from error
 
@@ -319,3 +322,10 @@ def _again(client: Any, pipeline: Pipeline, methods: tuple[str, ...], awaitable:
 
 def _unwrapped(value: object) -> object:
     return _state(value).client if issubclass(type(value), _Proxy) else value
+
+
+def _innermost(client: object) -> object:
+    """The client itself, however many pipelines it is behind."""
+    while issubclass(type(client), _Proxy):
+        client = _unwrapped(client)
+    return client
