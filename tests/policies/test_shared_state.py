@@ -10,9 +10,9 @@ import threading
 import time
 import uuid
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Coroutine, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import httpx
 import pybreaker
@@ -33,6 +33,8 @@ from meshkit.policies.circuit_breaker import breakers
 from meshkit.policies.shared_state import Switch
 from meshkit.redis import BreakerStore
 from meshkit.testing.clock import ManualClock
+
+T = TypeVar("T")
 
 
 @pytest.fixture
@@ -356,6 +358,7 @@ class Faulty(pybreaker.CircuitMemoryStorage):
 class Faults:
     def __init__(self) -> None:
         self.fault = ""
+        self.raises: type[BaseException] | None = None
         self.asked: list[tuple[str, str]] = []
         self.reached = threading.Event()
         self.goes_on = threading.Event()
@@ -366,6 +369,8 @@ class Faults:
 
     def met(self, what: str, answer: Any) -> Any:
         self.asked.append((what, threading.current_thread().name))
+        if self.raises is not None:
+            raise self.raises
         if self.fault == "down":
             raise ConnectionError("refused")
         if self.fault == "hangs":
@@ -461,6 +466,34 @@ async def test_a_store_that_hangs_delays_nothing(
     assert await shared.refresh()
     assert "isolated" == guarded.state
     await shared.close()
+
+
+@pytest.mark.parametrize(
+    "raised", [asyncio.CancelledError, KeyboardInterrupt, SystemExit, GeneratorExit, StopIteration]
+)
+async def test_a_store_that_raises_what_is_no_error_is_asked_again(
+    raised: type[BaseException], faults: Faults, name: str, clock: ManualClock
+) -> None:
+    """What usually ends a task or a process is the store's failure where a storage raises it: said by health, told to an
+    operator at once, and over with the next round."""
+    guarded = breaker(name, clock)
+    operator, shared = SharedState(faults, clock=clock), SharedState(faults, clock=clock)
+    await operator.force_open(name)
+    faults.raises = raised
+    assert not await within_seconds(shared.refresh())
+    assert raised.__name__ in shared.checks()[0].detail
+    with pytest.raises(MeshkitError, match=f"cannot be used: .*{raised.__name__}") as told:
+        await within_seconds(operator.release(name))
+    assert "MK102" == told.value.code
+    faults.raises = None
+    assert await shared.refresh()
+    assert "isolated" == guarded.state
+
+
+async def within_seconds(work: Coroutine[Any, Any, T]) -> T:
+    """The clock of these tests stands still, so only this ends a wait for an answer that never comes."""
+    async with asyncio.timeout(5):
+        return await work
 
 
 async def test_close_waits_for_no_store(faults: Faults, name: str, clock: ManualClock) -> None:

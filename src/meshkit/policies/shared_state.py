@@ -470,7 +470,8 @@ class SharedState:
             try:
                 act(name)
                 in_a_row = 0
-            except Exception as error:
+            except BaseException as error:
+                # Of whatever kind: nobody cancels or ends this thread, so it is the storage that has failed.
                 problem = problem or f"{type(error).__name__}: {error}"
                 in_a_row += 1
                 if in_a_row == _ENOUGH:
@@ -789,20 +790,26 @@ def _in_thread(work: Callable[[], T], name: str) -> asyncio.Future[T]:
     loop = asyncio.get_running_loop()
     answer: asyncio.Future[T] = loop.create_future()
 
-    def tell(result: T | None, error: Exception | None) -> None:
+    def tell(result: T | None, error: BaseException | None) -> None:
         if answer.done():
             return
         if error is None:
             answer.set_result(cast("T", result))
-        else:
+        elif isinstance(error, Exception) and not isinstance(error, StopIteration):
             answer.set_exception(error)
+        else:
+            # A future takes no StopIteration, and what ends a task or a process must not end whoever waits here.
+            wrapped = RuntimeError(f"the storage has raised {error!r}")
+            wrapped.__cause__ = error
+            answer.set_exception(wrapped)
 
     def run() -> None:
         result: T | None = None
-        failed: Exception | None = None
+        failed: BaseException | None = None
         try:
             result = work()
-        except Exception as error:
+        except BaseException as error:
+            # Of whatever kind: somebody waits for an answer.
             failed = error
         try:
             loop.call_soon_threadsafe(tell, result, failed)
