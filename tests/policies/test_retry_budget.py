@@ -2,12 +2,13 @@ import asyncio
 import gc
 import math
 import threading
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from meshkit import Backoff, Call, ConfigurationError, Judgement, Retry, RetryBudget, Scope
+from meshkit import Backoff, Call, ConfigurationError, Judgement, Pipeline, Retry, RetryBudget, Scope
 from meshkit.core.scope import scope_open
 from meshkit.policies.retry_budget import budgets
 from meshkit.testing.clock import ManualClock
@@ -296,3 +297,143 @@ def test_counting_a_call_takes_no_lock():
         counting.join(5)
         assert not counting.is_alive()
     assert 1 == budget.balance
+
+
+class _ComesBack(ManualClock):
+    """Runs a function once, where the budget asks for the time with its lock held: as the collector may anywhere."""
+
+    then = None
+
+    def now(self):
+        then, self.then = self.then, None
+        if then is not None:
+            then()
+        return super().now()
+
+
+def _in_a_thread(function):
+    """Run it where a deadlock does not hold the test."""
+    done = []
+    thread = threading.Thread(target=lambda: done.append(function()), daemon=True)
+    thread.start()
+    thread.join(5)
+    assert done, "it does not come back"
+    return done[0]
+
+
+@pytest.mark.parametrize("inner", ["give_back", "withdraw", "deposit", "balance"])
+@pytest.mark.parametrize("outer", ["withdraw", "balance"])
+def test_a_destructor_may_come_back_to_a_budget_that_is_being_used(outer, inner):
+    """The collector closes a coroutine that was dropped in the wait for its retry, in whatever runs just then: also in a
+    `withdraw` of the same thread."""
+    clock = _ComesBack()
+    budget = RetryBudget(at_least=3, clock=clock)
+    assert budget.withdraw()
+
+    def use(name):
+        return budget.balance if name == "balance" else getattr(budget, name)()
+
+    def both():
+        clock.then = lambda: use(inner)
+        use(outer)
+        return budget.balance
+
+    taken = 1 + (inner == "withdraw") + (outer == "withdraw") - (inner == "give_back")
+    assert 3 - taken == _in_a_thread(both)
+
+
+class _Falls(float):
+    """A point in time that is looked at while a destructor comes back."""
+
+    then = None
+
+    def __le__(self, other):
+        then, _Falls.then = _Falls.then, None
+        if then is not None:
+            then()
+        return float(self) <= other
+
+
+@pytest.mark.parametrize("inner", ["give_back", "withdraw", "deposit", "balance"])
+def test_a_destructor_may_come_back_in_the_middle_of_a_sweep(inner):
+    """What it does there is counted once, and nothing that still counts is dropped."""
+
+    class Times(ManualClock):
+        def now(self):
+            return _Falls(super().now())
+
+    clock = Times()
+    budget = RetryBudget(ratio=0, at_least=5, window=10, clock=clock)
+    assert budget.withdraw()
+    clock.block(10)
+    assert budget.withdraw()
+
+    def sweep():
+        clock.block(5)
+        assert budget.withdraw()
+        _Falls.then = lambda: budget.balance if inner == "balance" else getattr(budget, inner)()
+        assert budget.withdraw()
+        return budget.balance
+
+    try:
+        taken = 3 + (inner == "withdraw") - (inner == "give_back")
+        assert 5 - taken == _in_a_thread(sweep)
+    finally:
+        _Falls.then = None
+
+
+def test_a_retry_that_is_given_back_where_none_was_taken_allows_no_further_one(clock):
+    """Giving back too often, or too late, is not a credit."""
+    budget = RetryBudget(ratio=0, at_least=2, clock=clock)
+    budget.give_back()
+    assert [True, True, False] == [budget.withdraw() for _ in range(3)]
+    clock.block(11)
+    budget.give_back()
+    assert [True, True, False] == [budget.withdraw() for _ in range(3)]
+
+
+def test_coroutines_that_are_dropped_in_the_wait_for_a_retry_give_it_back_by_the_collector():
+    """A loop is closed with calls under way, and the collector finds them while the same thread uses the budget."""
+    budget = RetryBudget(at_least=1000)
+    retry = Retry(attempts=3, budget=budget, backoff=Backoff(first=10, most=10, jitter="none"))
+
+    class Waits:
+        """A wait that is never over; with its coroutine in a cycle, as a task has it, only the collector ends it."""
+
+        def __await__(self):
+            yield self
+
+    class Stuck(ManualClock):
+        async def sleep(self, seconds):
+            await Waits()
+
+    async def fails():
+        raise ConnectionError
+
+    def use():
+        was_on, threshold = gc.isenabled(), gc.get_threshold()
+        gc.collect()
+        gc.disable()
+        try:
+            waiting = replace(retry, clock=Stuck())
+            for _ in range(50):
+                coroutine = Pipeline("prices", waiting).call(fails)
+                assert isinstance(coroutine.send(None), Waits)
+                cycle = [coroutine]
+                cycle.append(cycle)
+                del coroutine, cycle
+            assert 950 == budget.balance
+            gc.set_threshold(1, 1, 1)
+            gc.enable()
+            for _ in range(20):
+                budget.withdraw()
+                budget.give_back()
+                [[] for _ in range(100)]
+        finally:
+            gc.set_threshold(*threshold)
+            if not was_on:
+                gc.disable()
+        gc.collect()
+        return budget.balance
+
+    assert 1000 == _in_a_thread(use)

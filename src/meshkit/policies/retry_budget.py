@@ -58,9 +58,11 @@ class RetryBudget:
         "__weakref__",
         "_calls",
         "_clock",
+        "_given_back",
         "_lock",
         "_spent",
         "_sweep_at",
+        "_sweeping",
         "at_least",
         "name",
         "ratio",
@@ -94,8 +96,13 @@ class RetryBudget:
         self._clock = clock
         self._calls: deque[float] = deque()
         self._spent: deque[float] = deque()
+        # Retries of `_spent` that were not made after all: one entry each, until somebody looks.
+        self._given_back: deque[None] = deque()
         self._sweep_at = clock.now() + window
-        self._lock = threading.Lock()
+        self._sweeping = False
+        # Re-entrant, because what runs under it may come back: the collector closes a coroutine that was dropped while
+        # its retry waited, and that retry is given back.
+        self._lock = threading.RLock()
         with _budgets_lock:
             _budgets.add(self)
 
@@ -123,10 +130,8 @@ class RetryBudget:
             return True
 
     def give_back(self) -> None:
-        """Put back a retry that was withdrawn and then not made."""
-        with self._lock:
-            if self._spent:
-                self._spent.pop()
+        """Put back a retry that was withdrawn and then not made. A destructor may: it is an append, which takes no lock."""
+        self._given_back.append(None)
 
     @property
     def balance(self) -> int:
@@ -143,8 +148,19 @@ class RetryBudget:
         return max(0, allowed - len(self._spent))
 
     def _forget(self, now: float) -> None:
-        until = now - self.window
-        for counted in (self._calls, self._spent):
-            while counted and counted[0] <= until:
-                counted.popleft()
-        self._sweep_at = now + self.window / _SWEEPS
+        if self._sweeping:
+            # A destructor has come back in the middle of it: what is left to drop is dropped by the one further down.
+            return
+        try:
+            self._sweeping = True
+            while self._given_back:
+                self._given_back.popleft()
+                if self._spent:
+                    self._spent.pop()
+            until = now - self.window
+            for counted in (self._calls, self._spent):
+                while counted and counted[0] <= until:
+                    counted.popleft()
+            self._sweep_at = now + self.window / _SWEEPS
+        finally:
+            self._sweeping = False
