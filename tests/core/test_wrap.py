@@ -476,7 +476,7 @@ async def test_a_guarded_client_can_be_guarded_by_another_pipeline(clock):
     assert isinstance(outer, Prices)
     assert outer == client
     wrap(inner, twice(clock), methods=["late"])
-    with pytest.raises(ConfigurationError, match="Prices has no method 'quota'. Did you mean quote"):
+    with pytest.raises(ConfigurationError, match=r"Prices has no method 'quota'\. Did you mean quote"):
         wrap(inner, twice(clock), methods=["quota"])
     with pytest.raises(ConfigurationError, match="Prices has no public coroutine method"):
         wrap(wrap(type("Prices", (), {"go": lambda self: 1})(), twice(clock), methods=["go"]), twice(clock))
