@@ -180,13 +180,14 @@ class _Unsaid(int):
 
 _BACKOFF: Final = Backoff()
 
+# A union in its place would be made anew for each failure.
+_NOT_RETRYABLE: Final = (ConfigurationError, RejectedError, DeadlineExceededError)
+
 
 def _retryable(error: BaseException) -> bool:
     """Whether an error without a rule of the user's is worth another attempt: not what is wrong by construction,
     not what was refused, not what ran out of the time that a further attempt would need too."""
-    return isinstance(error, Exception) and not isinstance(
-        error, ConfigurationError | RejectedError | DeadlineExceededError
-    )
+    return isinstance(error, Exception) and not isinstance(error, _NOT_RETRYABLE)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
