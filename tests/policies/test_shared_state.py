@@ -376,6 +376,8 @@ class Faults:
         if self.fault == "hangs":
             self.reached.set()
             self.goes_on.wait(60)
+            if self.raises is not None:
+                raise self.raises
         if self.fault == "garbage" and what in ("state", "counter"):
             return {"state": '{"switch": 7}', "counter": 1}[what]
         if self.fault == "swallows" and what in ("state", "counter"):
@@ -514,6 +516,68 @@ async def test_close_waits_for_no_store(faults: Faults, name: str, clock: Manual
     for thread in hanging:
         thread.join(5)
     await asyncio.sleep(0)
+    assert "closed" == guarded.state
+
+
+async def test_a_start_that_is_cancelled_leaves_nothing(faults: Faults, name: str, clock: ManualClock) -> None:
+    """Whoever cancels `async with` while it waits for a store's first word leaves no task behind, and may start anew."""
+    guarded = breaker(name, clock)
+    await SharedState(faults, clock=clock).force_open(name)
+    faults.fault = "hangs"
+    shared = SharedState(faults, clock=clock)
+
+    async def use() -> None:
+        async with shared:
+            raise AssertionError("it has not started")
+
+    before = asyncio.all_tasks()
+    using = asyncio.create_task(use())
+    assert await asyncio.to_thread(faults.reached.wait, 5)
+    using.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await using
+    assert before == asyncio.all_tasks()
+    faults.fault = ""
+    faults.goes_on.set()
+    async with shared:
+        assert "isolated" == guarded.state
+
+
+async def test_an_operator_who_waits_no_longer_leaves_no_error(
+    faults: Faults, name: str, clock: ManualClock, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A store that fails after its operator was cancelled has nobody to tell, and logs nothing."""
+    faults.fault = "hangs"
+    asking = asyncio.create_task(SharedState(faults, clock=clock).force_open(name))
+    assert await asyncio.to_thread(faults.reached.wait, 5)
+    hanging = [thread for thread in threading.enumerate() if thread.name == "shared breaker state"]
+    asking.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await asking
+    faults.raises = ConnectionError
+    faults.goes_on.set()
+    for thread in hanging:
+        thread.join(5)
+    await asyncio.sleep(0)
+    gc.collect()
+    assert [] == caplog.records
+
+
+def test_a_loop_that_ends_while_its_store_hangs_says_nothing(
+    faults: Faults, name: str, clock: ManualClock, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Where the loop's end cancels an exchange that nobody has closed, no callback fails."""
+
+    async def main() -> None:
+        faults.fault = "hangs"
+        starting = asyncio.create_task(SharedState(faults, clock=clock).start())
+        assert await asyncio.to_thread(faults.reached.wait, 5)
+        await clock.advance(1)
+        await starting
+
+    guarded = breaker(name, clock)
+    asyncio.run(main())
+    assert [] == caplog.records
     assert "closed" == guarded.state
 
 

@@ -280,14 +280,20 @@ class SharedState:
     # -- as a part of the process -------------------------------------------------------------------------------------
 
     async def start(self) -> None:
-        """Begin to exchange, having waited a second at most for the store's first word."""
+        """Begin to exchange, having waited a second at most for the store's first word. Cancelled, it leaves nothing."""
         if self._task is not None:
             return
         first = asyncio.get_running_loop().create_future()
         self._news = asyncio.get_running_loop().create_future()
         watch(self)
-        self._task = asyncio.create_task(self._run(first), name=self.name)
-        await _within(first, _FIRST_WORD, self._clock)
+        running = self._task = asyncio.create_task(self._run(first), name=self.name)
+        try:
+            await _within(first, _FIRST_WORD, self._clock)
+        except BaseException:
+            # Nobody closes what has not started: after a failed `__aenter__` there is no `__aexit__`.
+            if self._task is running:
+                await self.close()
+            raise
 
     def checks(self) -> Sequence[Check]:
         # Not required: a service whose store is away serves as well as without one.
@@ -396,7 +402,7 @@ class SharedState:
             if exchange is self._exchanging:
                 self._noted(f"no answer for {_PATIENCE:g} s")
             return False
-        return not self._problem
+        return not self._problem and not exchange.cancelled()
 
     async def force_open(self, breaker: str, *, seconds: float | None = None, reason: str = "", by: str = "") -> Switch:
         """Switch a breaker in every process that follows this store: reject its calls for `seconds`, then probe as
@@ -540,8 +546,12 @@ class SharedState:
 
     async def _asked(self, work: Callable[[], T]) -> T:
         answer = _in_thread(work, self.name)
-        if not await _within(answer, _PATIENCE, self._clock):
+        try:
+            came = await _within(answer, _PATIENCE, self._clock)
+        finally:
+            # Does nothing to one that has come. Of any other nobody asks any more, be it late or the caller cancelled.
             answer.cancel()
+        if not came:
             raise _unreachable(f"no answer for {_PATIENCE:g} s")
         try:
             return answer.result()
@@ -556,6 +566,9 @@ class SharedState:
             # It was closed meanwhile.
             return
         self._exchanging = None
+        if exchange.cancelled():
+            # As a loop does with all that runs when it ends. It says nothing of the store.
+            return
         if error is not None:
             self._noted(f"{type(error).__name__}: {error}")
             return
