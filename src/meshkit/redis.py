@@ -12,9 +12,10 @@ from __future__ import annotations
 import math
 import re
 from calendar import timegm
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import Any, Final, cast
+from typing import Any, Final, TypeVar, cast
 from urllib.parse import urlsplit
 
 from meshkit.errors import ConfigurationError, MeshkitError, missing_extra
@@ -32,6 +33,10 @@ _BASE: Final = "pybreaker"
 _STATE, _FAILURES, _SUCCESSES, _OPENED = "state", "fail_counter", "success_counter", "opened_at"
 # The keys are told every minute that they are in use; a store that was away for a while must not lose them by that.
 _SHORTEST_TTL: Final = 600.0
+_UNREADABLE: Final = "unreadable"
+_NO_NAME: Final = "name unreadable: the key is no UTF-8"
+
+T = TypeVar("T")
 
 
 class BreakerStorage:
@@ -128,13 +133,16 @@ class BreakerRow:
     """What the store says of one breaker: what the process that wrote last says, and what an operator has said.
 
     Attributes:
-        opened_at: seconds since the epoch.
-        problem: what stands where the switch should, if that is no switch.
+        name: of bytes that are no text, those that are none as `\\xff`.
+        state: "unreadable" where something else stands there.
+        failures: `None` where something else stands there.
+        opened_at: seconds since the epoch; `None` also where something else stands there.
+        problem: what stands where a state, a number, a time or a switch should.
     """
 
     name: str
     state: str
-    failures: int
+    failures: int | None
     opened_at: float | None
     switch: Switch | None
     problem: str = ""
@@ -183,40 +191,70 @@ class BreakerStore:
         Raises:
             MeshkitError: Redis cannot be reached, or refuses.
         """
-        end = f":{_BASE}:{_STATE}"
-        pattern = re.sub(r"([][*?\\])", r"\\\1", f"{self.prefix}:") + f"*{end}"
-        try:
-            keys = [key.decode() if isinstance(key, bytes) else key for key in self._client.scan_iter(pattern, 1000)]
-        except redis.RedisError as error:
-            raise unreachable(error) from error
-        found = {key[len(self.prefix) + 1 : -len(end)] for key in keys}
-        return sorted({name.removesuffix(SWITCH) for name in found})
+        return sorted(self._found()[0])
 
     def look(self) -> list[BreakerRow]:
-        """What stands here of each breaker.
+        """What stands here of each breaker. What cannot be read of one hides neither its rest nor the others.
 
         Raises:
             MeshkitError: Redis cannot be reached, or refuses.
         """
+        names, odd = self._found()
         try:
-            return [self._row(name) for name in self.names()]
+            rows = [self._row(name) for name in names]
+        except redis.RedisError as error:
+            raise unreachable(error) from error
+        rows += [
+            BreakerRow(name=name, state=_UNREADABLE, failures=None, opened_at=None, switch=None, problem=_NO_NAME)
+            for name in odd
+        ]
+        return sorted(rows, key=lambda row: row.name)
+
+    def _found(self) -> tuple[set[str], set[str]]:
+        """The names that stand here, and what stands in the place of a name and is no text."""
+        begin, end = f"{self.prefix}:".encode(), f":{_BASE}:{_STATE}".encode()
+        pattern = re.sub(rb"([][*?\\])", rb"\\\1", begin) + b"*" + end
+        names: set[str] = set()
+        odd: set[str] = set()
+        try:
+            for key in self._client.scan_iter(pattern, 1000):
+                # A client may have been told to decode.
+                whole = key if isinstance(key, bytes) else cast("str", key).encode()
+                name = whole[len(begin) : -len(end)].removesuffix(SWITCH.encode())
+                try:
+                    names.add(name.decode())
+                except UnicodeDecodeError:
+                    odd.add(name.decode(errors="backslashreplace"))
         except (redis.RedisError, ValueError) as error:
             raise unreachable(error) from error
+        return names, odd
 
     def _row(self, name: str) -> BreakerRow:
-        mirror, problem, switch = self(name), "", None
-        try:
-            switch = Switch.parse(self(name + SWITCH).state)
-        except ValueError as error:
-            problem = str(error)
-        opened = mirror.opened_at
+        mirror, problems = self(name), list[str]()
+
+        def read(what: str, ask: Callable[[], T]) -> T | None:
+            try:
+                return ask()
+            except (ValueError, OverflowError) as error:
+                problems.append(f"{what} {_UNREADABLE}: {error}")
+            except redis.ResponseError as error:
+                if not str(error).startswith("WRONGTYPE"):
+                    # Of the server or of who asks, and not of this key.
+                    raise
+                problems.append(f"{what} {_UNREADABLE}: the key holds no string")
+            return None
+
+        switch = read("switch", lambda: Switch.parse(self(name + SWITCH).state))
+        state = read("state", lambda: mirror.state)
+        failures = read("failures", lambda: mirror.counter)
+        opened = read("opened_at", lambda: mirror.opened_at)
         return BreakerRow(
             name=name,
-            state=mirror.state,
-            failures=mirror.counter,
+            state=_UNREADABLE if state is None else state,
+            failures=failures,
             opened_at=None if opened is None else opened.timestamp(),
             switch=switch,
-            problem=problem,
+            problem="; ".join(problems),
         )
 
     def close(self) -> None:

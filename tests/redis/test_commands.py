@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import pytest
+import redis
 
 from meshkit import CircuitBreaker, SharedState
 from meshkit.cli.app import run
@@ -164,6 +165,96 @@ async def test_what_is_no_switch_is_shown_as_such(fleet: Fleet, redis_server: se
     listed = await fleet.run("list")
     assert 3 == listed.code
     assert "\x1b" not in listed.out
+
+
+async def test_an_odd_key_hides_no_other_breaker(fleet: Fleet, redis_server: servers.Redis) -> None:
+    """What cannot be read of one breaker is shown as unreadable with the reason: its own switch still counts, the other
+    breakers are listed as they are, and `--json` is JSON."""
+    name, prefix = fleet.breaker.name, fleet.environment["MESHKIT_BREAKER_PREFIX"]
+    await fleet.shared.refresh()
+    client = redis.Redis.from_url(redis_server.url)
+
+    def key(breaker: str, value: str) -> str:
+        return f"{prefix}:{breaker}:pybreaker:{value}"
+
+    try:
+        odd = {
+            "late": ("opened_at", "9" * 14, "opened_at unreadable: year"),
+            "later": ("opened_at", "9" * 26, "opened_at unreadable: timestamp out of range"),
+            "many": ("fail_counter", "lots", "failures unreadable: invalid literal"),
+            "bytes": ("state", b"bad\xff", "state unreadable: 'utf-8' codec can't decode"),
+        }
+        for breaker, (value, stands, _) in odd.items():
+            client.set(key(breaker, "state"), "open")
+            client.set(key(breaker, value), stands)
+        client.lpush(key("list", "state"), 1)
+        client.set(prefix.encode() + b":na\xffme:pybreaker:state", "open")
+        await fleet.shared.force_open(name)
+        word = '{"switch": "open", "until": null, "at": 0, "version": "v"}'
+        client.set(key("late:switch", "state"), word)
+        listed = await fleet.run("list")
+        assert (3, "") == (listed.code, listed.err)
+        lines = {line.split()[0]: line for line in listed.out.splitlines()}
+        for breaker, (_, _, reason) in odd.items():
+            assert reason in lines[breaker]
+        assert "forced open until released; opened_at unreadable" in lines["late"]
+        assert ["list", "unreadable"] == lines["list"].split()[:2]
+        assert "state unreadable: the key holds no string" in lines["list"]
+        assert "name unreadable: the key is no UTF-8" in lines["na\\xffme"]
+        assert "unreadable" not in lines[name]
+        assert "forced open until released" in lines[name]
+        rows = json.loads((await fleet.run("list", "--json")).out)
+        row = next(row for row in rows if row["name"] == "many")
+        assert ("open", None, False) == (row["state"], row["failures"], row["forced_open"])
+        misspelt = await fleet.run("force-open", "lis")
+        assert (4, True) == (misspelt.code, "did you mean 'list'?" in misspelt.err)
+    finally:
+        client.close()
+
+
+async def test_any_time_may_stand_in_the_store(fleet: Fleet, redis_server: servers.Redis) -> None:
+    """A switch without a time that counts is no switch; one beyond every calendar is shown as that. `--json` has no value
+    that JSON has not."""
+
+    def refused(constant: str) -> Any:
+        raise AssertionError(f"{constant} is no JSON")
+
+    name = fleet.breaker.name
+    await fleet.shared.refresh()
+    store = BreakerStore(redis_server.url, prefix=fleet.environment["MESHKIT_BREAKER_PREFIX"])
+    for until, shown in (
+        ("NaN", "is no switch"),
+        ('"nan"', "is no switch"),
+        ("Infinity", "is no switch"),
+        ("1" + "0" * 400, "is no switch"),
+        ("1e300", "forced open until after the year 9999, over 1000 years left"),
+        ("-1e300", "expired"),
+    ):
+        store(f"{name}:switch").state = f'{{"switch": "open", "until": {until}, "at": 0, "version": "v"}}'
+        listed = await fleet.run("list")
+        assert (3 if "forced" in shown else 0, "") == (listed.code, listed.err)
+        assert shown in listed.out.splitlines()[1]
+        json.loads((await fleet.run("list", "--json")).out, parse_constant=refused)
+    store.close()
+
+
+@pytest.mark.parametrize("length", ["9999999d", "365d1s", "99999999999999999999d", "9" * 400 + "d"])
+def test_a_length_of_time_has_a_bound(length: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """More than a year ends with 2 and says how to have no end, before anybody is asked."""
+    (port,) = servers.free_ports(1)
+    assert 2 == run(["breaker", "force-open", "payments", f"--for={length}", f"--redis=redis://127.0.0.1:{port}"])
+    said = capsys.readouterr()
+    assert "" == said.out
+    assert f"--for is a year (365d) at most, not {length[:40]}. Without it a breaker stays forced open" in said.err
+
+
+async def test_a_year_is_a_length_of_time(fleet: Fleet) -> None:
+    """The longest time that is taken is listed afterwards."""
+    await fleet.shared.refresh()
+    assert 0 == (await fleet.run("force-open", fleet.breaker.name, "--for", "365d")).code
+    listed = await fleet.run("list")
+    assert (3, "") == (listed.code, listed.err)
+    assert "365d left" in listed.out
 
 
 @pytest.mark.parametrize("length", ["10", "0s", "m", "10m ", "ten minutes", "-5m"])

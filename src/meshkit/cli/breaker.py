@@ -39,6 +39,8 @@ DEFAULT_PREFIX = "meshkit"
 
 _LENGTH = re.compile(r"(\d+(?:\.\d+)?)(ms|s|m|h|d)")
 _UNITS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
+# A year. What is meant to last longer has no known end, and a slip of the keyboard is no date.
+_LONGEST = 365 * 86400.0
 
 
 @breaker.command("list")
@@ -53,13 +55,13 @@ def breaker_list(redis: Redis = DEFAULT_URL, prefix: Prefix = DEFAULT_PREFIX, as
         show_json([{**dataclasses.asdict(row), "forced_open": forced} for row, forced in zip(rows, on, strict=True)])
     else:
         width = max([len(row.name) for row in rows], default=7)
-        show(f"{'breaker':<{width}}  {'state':<9}  {'failures':>8}  {'opened':<20}  switch")
+        show(f"{'breaker':<{width}}  {'state':<10}  {'failures':>8}  {'opened':<20}  switch")
         for row, forced in zip(rows, on, strict=True):
             opened = "" if row.opened_at is None or row.state == "closed" else _date(row.opened_at)
-            said = row.problem or (
-                "" if row.switch is None else _told(row.switch, now) if forced else _ended(row.switch)
-            )
-            show(f"{row.name:<{width}}  {row.state:<9}  {row.failures:>8}  {opened:<20}  {said}".rstrip())
+            failures = "" if row.failures is None else row.failures
+            switch = "" if row.switch is None else _told(row.switch, now) if forced else _ended(row.switch)
+            said = "; ".join(filter(None, (switch, row.problem)))
+            show(f"{row.name:<{width}}  {row.state:<10}  {failures:>8}  {opened:<20}  {said}".rstrip())
     if any(on):
         raise Stopped(3)
 
@@ -68,7 +70,10 @@ def breaker_list(redis: Redis = DEFAULT_URL, prefix: Prefix = DEFAULT_PREFIX, as
 def breaker_force_open(
     name: Name,
     length: Annotated[
-        str, typer.Option("--for", help="For so long (90s, 10m, 1h30m), then they probe; until `release` if left out.")
+        str,
+        typer.Option(
+            "--for", help="For so long (90s, 10m, 1h30m; 365d at most), then they probe; until `release` if left out."
+        ),
     ] = "",
     redis: Redis = DEFAULT_URL,
     prefix: Prefix = DEFAULT_PREFIX,
@@ -172,10 +177,16 @@ def _ended(word: Switch) -> str:
 
 
 def _date(when: float) -> str:
-    return datetime.fromtimestamp(when, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+    try:
+        return datetime.fromtimestamp(when, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+    except (ValueError, OverflowError, OSError):
+        # The store may hold any number.
+        return "after the year 9999" if when > 0 else "before the year 1"
 
 
 def _rest(seconds: float) -> str:
+    if seconds >= 1000 * _LONGEST:
+        return "over 1000 years"
     for unit, size in (("d", 86400), ("h", 3600), ("m", 60)):
         if seconds >= 2 * size:
             return f"{seconds / size:.0f}{unit}"
@@ -187,6 +198,11 @@ def _seconds(text: str) -> float:
     seconds = sum(float(number) * _UNITS[unit] for number, unit in parts)
     if "".join(number + unit for number, unit in parts) != text or not seconds:
         raise ConfigurationError(f"--for is a length of time such as 90s, 10m or 1h30m, not {text!r}.")
+    if seconds > _LONGEST:
+        raise ConfigurationError(
+            f"--for is a year (365d) at most, not {text:.40}.",
+            "Without it a breaker stays forced open until `release`.",
+        )
     return seconds
 
 

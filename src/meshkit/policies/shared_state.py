@@ -134,15 +134,19 @@ class Switch:
             until, word = said["until"], said["switch"]
             if word not in ("open", "released"):
                 raise ValueError(word)
+            end, at = None if until is None else float(until), float(said["at"])
+            if not math.isfinite(at) or (end is not None and not math.isfinite(end)):
+                # No time, and no JSON either, though Python reads it.
+                raise ValueError(until)
             return cls(
                 on=word == "open",
-                until=None if until is None else float(until),
-                at=float(said["at"]),
+                until=end,
+                at=at,
                 version=str(said["version"]),
                 reason=str(said.get("reason", "")),
                 by=str(said.get("by", "")),
             )
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
+        except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError) as error:
             raise ValueError(f"{text!r:.100} is no switch") from error
 
 
