@@ -17,6 +17,7 @@ from meshkit import (
     Scope,
     Timeout,
     listen,
+    retry_end,
 )
 from meshkit.core.call import Call, Judgement, Outcome
 from meshkit.core.events import CircuitChanged, CircuitRejected
@@ -320,3 +321,18 @@ async def test_a_rejection_is_free_when_it_is_dropped(clock):
         assert before == alive()
     finally:
         gc.enable()
+
+
+async def test_what_an_inner_breaker_has_said_an_outer_one_leaves_alone(clock):
+    """A retry around both hears of the one that opened, though the other one stays closed, and does not wait for it."""
+    seen = 0
+
+    async def fails():
+        nonlocal seen
+        seen += 1
+        raise ConnectionError
+
+    outer, inner = breaker(clock, min_calls=4), breaker(clock, min_calls=1)
+    with pytest.raises(ConnectionError) as caught:
+        await Pipeline("payments", Retry(clock=clock), outer, inner).call(fails)
+    assert ("breaker", 1, []) == (retry_end(caught.value), seen, clock.sleeps)

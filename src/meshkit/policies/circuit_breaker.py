@@ -607,7 +607,7 @@ class CircuitBreaker:
         try:
             result = await call_next(call)
         except Exception as error:
-            call.opened = self._record(token, Outcome(error=error), call.judge, started)
+            self._record(token, Outcome(error=error), call.judge, started, call)
             raise
         except BaseException:
             # Cancelled: by the caller, or by a timeout further out, which the end of the call will tell.
@@ -616,7 +616,7 @@ class CircuitBreaker:
         if self._gate.free is token and call.judge is None:
             token()
         else:
-            call.opened = self._record(token, Outcome(result), call.judge, started)
+            self._record(token, Outcome(result), call.judge, started, call)
         return result
 
     def run_sync(self, call: Call, call_next: NextSync[T]) -> T:
@@ -630,7 +630,7 @@ class CircuitBreaker:
         try:
             result = call_next(call)
         except Exception as error:
-            call.opened = self._record(token, Outcome(error=error), call.judge, started)
+            self._record(token, Outcome(error=error), call.judge, started, call)
             raise
         except BaseException:
             # Cancelled: by the caller, or by a timeout further out, which the end of the call will tell.
@@ -639,7 +639,7 @@ class CircuitBreaker:
         if self._gate.free is token and call.judge is None:
             token()
         else:
-            call.opened = self._record(token, Outcome(result), call.judge, started)
+            self._record(token, Outcome(result), call.judge, started, call)
         return result
 
     def __call__(self, fn: Callable[P, R]) -> Callable[P, R]:
@@ -724,20 +724,18 @@ class CircuitBreaker:
 
     def _record_at_end(self, token: _Token, call: Call, started: float) -> None:
         scope, judge = current_scope(), call.judge
-
-        def ended(outcome: Outcome) -> None:
-            call.opened = self._record(token, outcome, judge, started, scope)
-
-        call.on_end(ended)
+        call.on_end(lambda outcome: self._record(token, outcome, judge, started, call, scope))
 
     def _record(
-        self, token: _Token, outcome: Outcome, judge: Judge | None, started: float, scope: Scope | None = None
-    ) -> float | None:
-        """Count what a call came to, and open or close if that is what it says.
-
-        Returns:
-            seconds until it probes, where the call has failed and left the circuit open.
-        """
+        self,
+        token: _Token,
+        outcome: Outcome,
+        judge: Judge | None,
+        started: float,
+        call: Call | None = None,
+        scope: Scope | None = None,
+    ) -> None:
+        """Count what a call came to, and open or close if that is what it says."""
         try:
             failed, after = self._judged(outcome, judge)
         except Exception:
@@ -748,7 +746,7 @@ class CircuitBreaker:
             )
         if failed is False and self._gate.free is token:
             token()
-            return None
+            return
         events: list[CircuitChanged] = []
         opened: float | None = None
         with self._lock:
@@ -774,14 +772,15 @@ class CircuitBreaker:
             if failed and self._state == "open" and self._mode is None and not self._shadow:
                 opened = self._wait()
         if opened is not None:
-            # Whoever handles this request is to know that what failed here has been shut off, be it by this failure or
-            # by one of the same time.
+            # Whoever tries again or handles this request is to know that what failed here has been shut off, be it by
+            # this failure or by one of the same time.
+            if call is not None:
+                call.opened = opened
             scope = current_scope() if scope is None else scope
             if scope is not None:
                 scope.note_opened(opened)
         if events:
             self._tell(events)
-        return opened
 
     def _judged(self, outcome: Outcome, judge: Judge | None) -> tuple[bool | None, float | None]:
         """Whether it failed, and how long whoever answered asks to be left alone."""
