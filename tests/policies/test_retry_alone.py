@@ -1049,3 +1049,62 @@ def test_a_retry_makes_nothing_where_nothing_fails():
     for _ in range(1_000):
         decorated()
     assert sys.getallocatedblocks() - before < 50
+
+
+@pytest.mark.parametrize("first_fails", [False, True])
+@pytest.mark.parametrize("alone", [True, False])
+async def test_a_result_that_could_not_be_judged_is_disposed_of(clock, alone, first_fails):
+    """Where `on_result` itself raises, its error comes out and nobody gets the result, also that of the first attempt:
+    it is disposed of, once."""
+    disposed, slowly, left = [], [], [OSError()] if first_fails else []
+
+    def judge(result):
+        raise ZeroDivisionError(result)
+
+    async def discard(result):
+        await asyncio.sleep(0)
+        slowly.append(result)
+
+    def send():
+        if left:
+            raise left.pop()
+        return "open connection"
+
+    async def send_slowly():
+        return send()
+
+    beside = [] if alone else [Neighbour()]
+    quick = Pipeline("prices", *beside, Retry(on_result=judge, discard=disposed.append, backoff=AT_ONCE, clock=clock))
+    with pytest.raises(ZeroDivisionError):
+        quick(send)()
+    left[:] = [OSError()] if first_fails else []
+    with pytest.raises(ZeroDivisionError):
+        await quick(send_slowly)()
+    assert ["open connection"] * 2 == disposed
+    left[:] = [OSError()] if first_fails else []
+    slow = Pipeline("prices", *beside, Retry(on_result=judge, discard=discard, backoff=AT_ONCE, clock=clock))
+    with pytest.raises(ZeroDivisionError):
+        await slow(send_slowly)()
+    assert ["open connection"] == slowly
+
+
+async def test_what_an_edge_leads_is_disposed_of_where_the_edge_cannot_judge_it(clock):
+    """A judge that raises on the first response loses no connection: the edge's own `discard` gets the response, and not
+    the one of the retry."""
+    disposed = []
+
+    async def discard(result):
+        disposed.append(result)
+
+    def judge(outcome):
+        raise ZeroDivisionError
+
+    async def send(call):
+        return "response"
+
+    retry = Retry(discard=lambda result: disposed.append("own"), clock=clock)
+    with pytest.raises(ZeroDivisionError):
+        await retry.run(Call("prices", judge=judge, discard=discard), send)
+    with pytest.raises(ZeroDivisionError):
+        retry.run_sync(Call("prices", judge=judge, discard=discard), lambda call: "plain response")
+    assert ["response", "plain response"] == disposed

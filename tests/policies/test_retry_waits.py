@@ -235,7 +235,6 @@ async def test_each_form_of_retry_after_is_understood(clock, asked, waited):
         math.inf,
         10**400,
         True,
-        "9" * 400,
         None,
         b"4",
         object(),
@@ -253,6 +252,18 @@ async def test_a_retry_after_that_is_past_or_nonsense_is_ignored(clock, asked):
     httpx-retries' `tests/test_retry.py` have for dates in the past and garbage."""
     assert "ok" == await Pipeline("prices", Retry(backoff=NONE, clock=clock)).call(failing(Busy(asked)))
     assert [0.1] == clock.sleeps
+
+
+@pytest.mark.parametrize("digits", [5, 400, 5000])
+async def test_more_seconds_than_anybody_waits_for_end_it(clock, digits):
+    """A number of seconds is one however many digits it has, and zeros in front of it are none of them."""
+    error = Busy("9" * digits)
+    with pytest.raises(Busy):
+        await Pipeline("prices", Retry(clock=clock)).call(failing(error))
+    assert [] == clock.sleeps
+    assert "deadline" == retry_end(error)
+    assert "ok" == await Pipeline("prices", Retry(backoff=NONE, clock=clock)).call(failing(Busy("0" * digits + "5")))
+    assert [pytest.approx(5.25)] == clock.sleeps
 
 
 async def test_the_longer_one_of_backoff_and_retry_after_is_waited(clock):
@@ -465,3 +476,24 @@ async def test_the_default_leaves_room_for_a_breaker_that_is_open_for_30_seconds
     clock.chance = 0.999
     error = CircuitOpenError(policy="prices", retry_after=30.0)
     assert "ok" == await Pipeline("prices", Retry(patient=True, clock=clock)).call(failing(error))
+
+
+@pytest.mark.parametrize("sync", [False, True])
+async def test_an_error_whose_retry_after_raises_is_still_the_error_that_comes_out(clock, sync):
+    """A property of somebody else's that stumbles asks for nothing: it is waited as ever, and the error comes out."""
+
+    class Odd(Exception):
+        @property
+        def retry_after(self):
+            raise RuntimeError("no headers")
+
+    def fails():
+        raise Odd
+
+    async def fails_later():
+        raise Odd
+
+    pipeline = Pipeline("prices", Retry(attempts=2, backoff=Backoff(first=0.5, jitter="none"), clock=clock))
+    with pytest.raises(Odd):
+        _ = pipeline(fails)() if sync else await pipeline(fails_later)()
+    assert [0.5] == clock.sleeps

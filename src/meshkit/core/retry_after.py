@@ -19,7 +19,8 @@ def seconds_asked(after: object, clock: Clock) -> float | None:
         if isinstance(after, str):
             text = after.strip()
             # Nobody waits for more seconds than ten digits hold.
-            after = float(text[:10]) if text.isascii() and text.isdigit() else email.utils.parsedate_to_datetime(text)
+            digits = text.isascii() and text.isdigit()
+            after = float(text.lstrip("0")[:10] or 0) if digits else email.utils.parsedate_to_datetime(text)
         if isinstance(after, datetime):
             aware = after if after.tzinfo is not None else after.replace(tzinfo=UTC)
             seconds = aware.timestamp() - clock.time()
@@ -41,4 +42,4 @@ def asked_by(error: BaseException | None, clock: Clock) -> float | None:
     except Exception:
         # A property of somebody else's; what it stumbles over is no matter of the call.
         return None
-    return seconds_asked(after, clock)
+    return None if after is None else seconds_asked(after, clock)

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import email.utils
 import inspect
 import logging
 import math
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator
 from contextvars import Token
 from dataclasses import dataclass
-from datetime import UTC, datetime, timedelta
 from types import CoroutineType, TracebackType
 from typing import TYPE_CHECKING, Any, Final, Literal, TypeVar, cast
 
@@ -29,6 +27,7 @@ from meshkit.core.call import (
 )
 from meshkit.core.clock import SYSTEM_CLOCK, Clock, check_clock
 from meshkit.core.events import RetryBudgetExhausted, RetryEnd, RetryEnded, RetryScheduled, emit, error_type
+from meshkit.core.retry_after import asked_by, seconds_asked
 from meshkit.core.scope import Scope, close_scope, current_scope, open_scope
 from meshkit.core.trace import TRACING, tracer
 from meshkit.errors import ConfigurationError, DeadlineExceededError, DeadlineTooCloseError, RejectedError
@@ -363,8 +362,13 @@ class Retry:
         except Exception as error:
             outcome = Outcome(error=error)
         else:
-            if self._satisfied(call, result):
-                return result
+            try:
+                if self._satisfied(call, result):
+                    return result
+            except Exception:
+                # Nobody gets a result that could not be judged.
+                await self._dispose(call, Outcome(result))
+                raise
             outcome = Outcome(result)
         try:
             return await self._go_on(call, call_next, outcome, started, mark)
@@ -382,8 +386,12 @@ class Retry:
         except Exception as error:
             outcome = Outcome(error=error)
         else:
-            if self._satisfied(call, result):
-                return result
+            try:
+                if self._satisfied(call, result):
+                    return result
+            except Exception:
+                self._dispose_sync(call, Outcome(result))
+                raise
             outcome = Outcome(result)
         try:
             return self._go_on_sync(call, call_next, outcome, started, mark)
@@ -409,8 +417,12 @@ class Retry:
             except Exception as error:
                 outcome = Outcome(error=error)
             else:
-                if not judged or self._satisfied(None, result):
-                    return result
+                try:
+                    if not judged or self._satisfied(None, result):
+                        return result
+                except Exception:
+                    await self._dispose(Call(name), Outcome(result))
+                    raise
                 outcome = Outcome(result)
             call = Call(name, 1, None, None, False, None, (fn, args, kwargs))
             opened = None if current_scope() is not None else open_scope(Scope())
@@ -439,8 +451,12 @@ class Retry:
             else:
                 if type(result) is CoroutineType:
                     raise _unawaited(name, cast("CoroutineType[Any, Any, Any]", result))
-                if not judged or self._satisfied(None, result):
-                    return result
+                try:
+                    if not judged or self._satisfied(None, result):
+                        return result
+                except Exception:
+                    self._dispose_sync(Call(name), Outcome(result))
+                    raise
                 outcome = Outcome(result)
             call = Call(name, 1, None, None, False, None, (fn, args, kwargs))
             opened = None if current_scope() is not None else open_scope(Scope())
@@ -484,6 +500,22 @@ class Retry:
             return not self.on_result(result)
         return self.on is not None or call is None or call.judge is None or not call.judge(Outcome(result)).retry
 
+    async def _dispose(self, attempt: Call, outcome: Outcome) -> None:
+        """Dispose of a result that nobody will get."""
+        if attempt.discard is not None or self.discard is None:
+            await attempt.dispose(outcome)
+            return
+        try:
+            done = self.discard(outcome.result)
+            if inspect.isawaitable(done):
+                await done
+        except Exception:
+            _log.warning("a discarded result of call %r could not be disposed of", attempt.name, exc_info=True)
+
+    def _dispose_sync(self, attempt: Call, outcome: Outcome) -> None:
+        """As `_dispose`, for a plain function."""
+        driven(self._dispose(attempt, outcome), "a result that has to be waited for when it is disposed of")
+
     async def _go_on(self, call: Call, call_next: Next[T], outcome: Outcome, started: float, mark: int) -> T:
         keeps = self.discard is None and call.discard is None
         run = _Run(self, call, started, turned_down=outcome.error is None, keeps=keeps)
@@ -500,7 +532,7 @@ class Retry:
                     if isinstance(error, Exception):
                         run.failed_to_decide(error, outcome)
                     if outcome.error is None:
-                        await run.dispose(current, outcome)
+                        await self._dispose(current, outcome)
                     raise
                 if delay is None:
                     outcome = run.last(outcome)
@@ -511,7 +543,7 @@ class Retry:
                 try:
                     if outcome.error is None:
                         try:
-                            await run.dispose(current, outcome)
+                            await self._dispose(current, outcome)
                         finally:
                             current.end(outcome, since=mark if current is call else 0)
                     # Where a breaker has opened by a result, only at its end, the next attempt is refused at once.
@@ -552,7 +584,7 @@ class Retry:
                 except Exception as error:
                     run.failed_to_decide(error, outcome)
                     if outcome.error is None:
-                        run.dispose_sync(current, outcome)
+                        self._dispose_sync(current, outcome)
                     raise
                 if delay is None:
                     outcome = run.last(outcome)
@@ -563,7 +595,7 @@ class Retry:
                 try:
                     if outcome.error is None:
                         try:
-                            run.dispose_sync(current, outcome)
+                            self._dispose_sync(current, outcome)
                         finally:
                             current.end(outcome, since=mark if current is call else 0)
                     if delay > 0 and (current.opened is None or self.patient):
@@ -711,23 +743,6 @@ class _Run:
         if self._withdrawn and self._retry.budget is not None:
             self._retry.budget.give_back()
 
-    async def dispose(self, attempt: Call, outcome: Outcome) -> None:
-        """Dispose of a result that nobody will get."""
-        discard = self._retry.discard
-        if attempt.discard is not None or discard is None:
-            await attempt.dispose(outcome)
-            return
-        try:
-            done = discard(outcome.result)
-            if inspect.isawaitable(done):
-                await done
-        except Exception:
-            _log.warning("a discarded result of call %r could not be disposed of", attempt.name, exc_info=True)
-
-    def dispose_sync(self, attempt: Call, outcome: Outcome) -> None:
-        """As `dispose`, for a plain function."""
-        driven(self.dispose(attempt, outcome), "a result that has to be waited for when it is disposed of")
-
     def _against(self, outcome: Outcome, judgement: Judgement, *, asked: bool = False) -> RetryEnd | None:
         """What speaks against another attempt, `None` if nothing does. `asked` is what tenacity's predicate said."""
         retry, error = self._retry, outcome.error
@@ -760,10 +775,8 @@ class _Run:
             # A strategy of the user's may come to less than nothing, or to no number.
             delay = 0.0
         error, clock = outcome.error, self._retry.clock
-        after: object = judgement.retry_after
-        if after is None:
-            after = getattr(error, "retry_after", None)
-        asked = 0.0 if after is None else _seconds_of(after, clock)
+        after = judgement.retry_after
+        asked = (asked_by(error, clock) if after is None else seconds_asked(after, clock)) or 0.0
         if not asked and not attempt.opened:
             return delay, False
         seconds = max(asked, attempt.opened or 0.0)
@@ -1091,27 +1104,3 @@ def _unawaited(name: str, result: CoroutineType[Any, Any, Any]) -> Configuration
 def _type_of(outcome: Outcome, judgement: Judgement) -> str:
     """One word for why there is another attempt, or none: the edge's, the error's, or that it was the result."""
     return judgement.error_type or ("result" if outcome.error is None else error_type(outcome.error))
-
-
-def _seconds_of(after: object, clock: Clock) -> float:
-    """Seconds that `retry_after` of an error asks for, 0 where that is past, or nothing that can be waited for.
-
-    A number of seconds, both forms of the `Retry-After` header (https://www.rfc-editor.org/rfc/rfc9110#field.retry-after),
-    a `timedelta`, or a point in time (UTC where it has no zone).
-    """
-    try:
-        if isinstance(after, str):
-            text = after.strip()
-            after = float(text) if text.isascii() and text.isdigit() else email.utils.parsedate_to_datetime(text)
-        if isinstance(after, datetime):
-            aware = after if after.tzinfo is not None else after.replace(tzinfo=UTC)
-            seconds = aware.timestamp() - clock.time()
-        elif isinstance(after, timedelta):
-            seconds = after.total_seconds()
-        elif isinstance(after, int | float) and not isinstance(after, bool):
-            seconds = float(after)
-        else:
-            return 0.0
-    except (ArithmeticError, LookupError, TypeError, ValueError):
-        return 0.0
-    return seconds if 0 < seconds < math.inf else 0.0
