@@ -528,3 +528,133 @@ async def test_a_pipeline_from_a_file_goes_into_an_http_client(toml, clock, capl
         key: count for key, count in part(pipeline, CircuitBreaker).counts.items() if count
     }
     assert "pipeline 'users'" not in caplog.text
+
+
+def test_what_a_retry_cannot_be_made_of_hides_no_other_problem():
+    """A wait that cannot work stands beside everything else that is wrong, with its path: also in the standard preset,
+    which has a retry of its own."""
+    said = refused(
+        Policies.from_mapping,
+        {
+            "clients": {
+                "pay": {"retry": {"backoff": {"factor": 0.5}}, "breaker": {"windw": 3}},
+                "mail": {"preset": "messaging", "retry": {"backoff": {"most": -1}}},
+                "b": {"total": -1},
+            }
+        },
+        environ={},
+    )
+    assert "4 settings" in said
+    assert "clients.pay.retry.backoff.factor: factor makes each wait longer" in said
+    assert "clients.pay.breaker.windw is nothing there is. Did you mean window?" in said
+    assert "clients.mail.retry.backoff.most: first and most are seconds to wait" in said
+    assert "clients.b.total is -1" in said
+
+
+def test_an_error_that_cannot_be_imported_is_named_with_its_path(tmp_path, monkeypatch):
+    """A name relative to nothing, and a module that fails while it is imported or asked, are settings that cannot work."""
+    (tmp_path / "raises_at_import.py").write_text("raise RuntimeError('no licence')")
+    (tmp_path / "raises_when_asked.py").write_text("def __getattr__(name):\n    raise LookupError(name)")
+    monkeypatch.syspath_prepend(tmp_path)
+    names = {"a": "..x.Y", "b": "raises_at_import.X", "c": ".OSError", "d": "raises_when_asked.X", "e": "no..such.X"}
+    said = refused(
+        Policies.from_mapping,
+        {"clients": {client: {"retry": {"on": [name]}} for client, name in names.items()}},
+        environ={"MESHKIT_POLICIES__A__BREAKER__IGNORE": "OSError, ..x.Y"},
+    )
+    assert "6 settings" in said
+    assert "clients.a.retry.on is ['..x.Y']: '..x.Y' is no name from the top" in said
+    assert "clients.b.retry.on is ['raises_at_import.X']" in said
+    assert "cannot be imported: RuntimeError: no licence." in said
+    assert "clients.c.retry.on is ['.OSError']: '.OSError' is no name from the top" in said
+    assert "'raises_when_asked.X' cannot be imported: LookupError: " in said
+    assert "clients.e.retry.on is ['no..such.X']" in said
+    assert "MESHKIT_POLICIES__A__BREAKER__IGNORE is 'OSError, ..x.Y'" in said
+
+
+def test_keys_that_are_no_texts_are_nothing_there_is():
+    """A mapping may have keys that no file has."""
+    said = refused(
+        Policies.from_mapping,
+        {
+            "x": {1: 2},
+            1: 2,
+            "clients": {1: {}, "a": {1: 2, "retry": {2: 3, "backoff": {(1, 2): 2}}, "breaker": {None: 1}}},
+        },
+        environ={},
+    )
+    for one in (
+        "x is nothing there is.",
+        "1 is nothing there is.",
+        "clients has a table 1, and",
+        "clients.a.1 is nothing there is.",
+        "clients.a.retry.2 is nothing there is.",
+        "clients.a.retry.backoff.(1, 2) is nothing there is.",
+        "clients.a.breaker.None is nothing there is.",
+    ):
+        assert one in said
+
+
+@pytest.mark.parametrize("number", [10**18, -(10**18), 10**400, 10**5000], ids=["19", "-19", "401", "5001"])
+def test_whole_numbers_beyond_any_count_are_refused_with_their_path(number):
+    """Python converts and writes no number of any length; such a one is a setting that cannot work, and no other is
+    hidden by it."""
+    said = refused(
+        Policies.from_mapping,
+        {
+            "clients": {
+                "a": {
+                    "retry": {"attempts": number},
+                    "breaker": {"window": number},
+                    "bulkhead": {"limit": [number]},
+                    "total": -1,
+                }
+            }
+        },
+        environ={},
+    )
+    assert "4 settings" in said
+    assert re.search(r"clients\.a\.retry\.attempts is .*: it is a whole number of up to 18 digits\.", said)
+    assert re.search(r"clients\.a\.breaker\.window is .*: it is a whole number of up to 18 digits\.", said)
+    assert re.search(r"clients\.a\.bulkhead\.limit is .*: it is a whole number: 3\.", said)
+    assert len(said) < 1200
+
+
+@pytest.mark.parametrize("digits", [400, 5000])
+def test_numbers_that_no_float_holds_are_refused_with_their_path(digits):
+    """A length of time or a share of hundreds of digits is a setting that cannot work."""
+    number = 10**digits
+    said = refused(
+        Policies.from_mapping,
+        {"clients": {"a": {"total": number, "budget": {"ratio": number}, "breaker": number}}},
+        environ={},
+    )
+    assert re.search(r"clients\.a\.total is .*: it is a number that no clock and no policy counts to\.", said)
+    assert re.search(r"clients\.a\.budget\.ratio is .*: it is a number that no clock", said)
+    assert re.search(r"clients\.a\.breaker is .*: it is a table, or false", said)
+
+
+def test_a_whole_number_in_a_variable_may_have_zeros_in_front_and_no_end():
+    """What counts is the number: a million zeros in front of a 4 leave it a 4, and a million digits are too many."""
+    key = "MESHKIT_POLICIES__USERS__RETRY__ATTEMPTS"
+    for text, attempts in (("0" * 5000 + "4", 4), ("+4", 4), ("9" * 18, 10**18 - 1)):
+        assert attempts == retry_of(Policies.from_env(environ={key: text, f"{key[:-15]}TOTAL": "false"})).attempts
+    for text in ("9" * 19, "-" + "9" * 19, "9" * 5000):
+        said = refused(Policies.from_env, environ={key: text})
+        assert f"{key} is '{text[:19]}" in said
+        assert "it is a whole number of up to 18 digits" in said
+        assert len(said) < 400
+
+
+def test_a_file_whose_numbers_or_tables_have_no_end_is_no_toml(toml):
+    """What the parser stumbles over, whatever it raises, is told of the file."""
+    assert "policies.toml is no TOML: " in refused(toml, "[clients.a]\ntotal = " + "9" * 5000)
+    assert "policies.toml is no TOML: " in refused(toml, "a = " + "[" * 100_000)
+
+
+def test_variables_that_are_no_texts_are_told_or_left_alone():
+    """`environ` may be any mapping: of what is not meshkit's, nothing is read."""
+    assert "MESHKIT_POLICIES__A__TOTAL is 3: a variable is a text." in refused(
+        Policies.from_env, environ={1: "2", "PORT": 80, "MESHKIT_POLICIES__A__TOTAL": 3}
+    )
+    assert ("a",) == Policies.from_env("a", environ={1: "2", "PORT": 80}).names

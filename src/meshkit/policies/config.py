@@ -67,12 +67,19 @@ DEFAULTS: Final = "defaults"
 Parse = Callable[[object, bool], Any]
 
 
+# No policy counts further, and Python itself writes and converts no number of any length.
+_DIGITS: Final = 18
+
+
 def _whole(value: object, text: bool) -> int:
-    if text and re.fullmatch(r"[+-]?\d+", str(value)):
-        return int(str(value))
-    if isinstance(value, int) and not isinstance(value, bool):
-        return value
-    raise ValueError("it is a whole number: 3")
+    if text and (digits := re.fullmatch(r"([+-]?)0*(\d+)", str(value))):
+        # One digit more than there may be says as much as all of them.
+        value = int(digits[1] + digits[2][: _DIGITS + 1])
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise ValueError("it is a whole number: 3")
+    if abs(value) >= 10**_DIGITS:
+        raise ValueError(f"it is a whole number of up to {_DIGITS} digits")
+    return value
 
 
 def _number(value: object, text: bool) -> float:
@@ -82,15 +89,23 @@ def _number(value: object, text: bool) -> float:
         except ValueError:
             pass
     elif isinstance(value, int | float) and not isinstance(value, bool):
-        return float(value)
+        return _float(value)
     raise ValueError("it is a number: 0.5")
+
+
+def _float(value: float) -> float:
+    try:
+        return float(value)
+    except OverflowError:
+        # A whole number of hundreds of digits.
+        raise ValueError("it is a number that no clock and no policy counts to") from None
 
 
 def _length(value: object, text: bool) -> float:
     if isinstance(value, str):
         return seconds(value)
     if isinstance(value, int | float) and not isinstance(value, bool):
-        return float(value)
+        return _float(value)
     raise ValueError('it is a length of time: a number of seconds, "10s", "250ms"')
 
 
@@ -159,11 +174,16 @@ def _errors(value: object, text: bool) -> tuple[type[Exception], ...]:
 
 
 def _error(name: str) -> type[Exception]:
-    module, _, last = name.rpartition(".")
+    module, dot, last = name.rpartition(".")
+    if name.startswith("."):
+        raise ValueError(f'{name!r} is no name from the top: "httpx.TransportError"')
     try:
-        found: object = getattr(importlib.import_module(module) if module else builtins, last, None)
-    except (ImportError, ValueError) as error:
+        found: object = getattr(importlib.import_module(module) if dot else builtins, last, None)
+    except ImportError as error:
         raise ValueError(f"{name!r} cannot be imported: {error}") from error
+    except Exception as error:
+        # A module runs when it is imported, and may fail with anything.
+        raise ValueError(f"{name!r} cannot be imported: {type(error).__name__}: {error}") from error
     if not (isinstance(found, type) and issubclass(found, Exception)):
         raise ValueError(f'{name!r} is no exception class; it is named as it is imported: "httpx.TransportError"')
     return found
@@ -233,6 +253,8 @@ _NEEDED: Final[Mapping[str, Mapping[str, Any]]] = {
     "hedge": {"delay": 0.0},
     "rate_limiter": {"permits": 1},
 }
+# No value is shown at greater length, in characters.
+_SHOWN: Final = 200
 # A name is taken for a misspelt one when it is so much like one that is known.
 _ALIKE: Final = 0.8
 
@@ -299,7 +321,8 @@ class Policies:
                 read = tomllib.load(file)
         except OSError as error:
             raise ConfigurationError(f"policies cannot be read from {os.fspath(path)!r}: {error.strerror}.") from error
-        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        except (ValueError, RecursionError) as error:
+            # Not only a TOMLDecodeError: bytes that are no text, a number of thousands of digits, tables without end.
             raise ConfigurationError(f"{os.fspath(path)} is no TOML: {error}.") from error
         return cls._made([(f"{os.fspath(path)}: ", read)], (), overrides, environ, clock)
 
@@ -361,7 +384,7 @@ class Policies:
         names = tuple(filter(_is_name, names))
         variables: object = os.environ if environ is None else environ
         if not isinstance(variables, Mapping):
-            problems.append(f"environ is {variables!r}: it is the variables by name, as os.environ is.")
+            problems.append(f"environ is {_shown(variables)}: it is the variables by name, as os.environ is.")
             variables = {}
         low = [_read(mapping, where, problems) for where, mapping in files]
         high = [] if overrides is None else [_read(overrides, "overrides: ", problems)]
@@ -453,7 +476,7 @@ def _check_known(layer: _Layer, known: Mapping[str, None], problems: list[str]) 
 def _table(value: object, where: str, problems: list[str]) -> Mapping[str, object]:
     if isinstance(value, Mapping):
         return cast("Mapping[str, object]", value)
-    problems.append(f"{where} is {value!r}: it is a table.")
+    problems.append(f"{where} is {_shown(value)}: it is a table.")
     return {}
 
 
@@ -496,7 +519,16 @@ def _one(
     try:
         yield path, _Given(parse(value, text), where)
     except ValueError as error:
-        problems.append(f"{where} is {value!r}: {_sentence(str(error))}")
+        problems.append(f"{where} is {_shown(value)}: {_sentence(str(error))}")
+
+
+def _shown(value: object) -> str:
+    try:
+        text = repr(value)
+    except Exception:
+        # A number of thousands of digits, for one.
+        return f"an object of type {type(value).__name__} that cannot be shown"
+    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}…"
 
 
 def _sentence(text: str) -> str:
@@ -547,8 +579,13 @@ def _read_variables(environ: Mapping[str, str], names: tuple[str, ...], any_name
         if _variable(name) in known:
             problems.append(f"client {name!r} and another one (or defaults) are both {_variable(name)} in variables.")
         known[_variable(name)] = layer.clients.setdefault(name, {})
-    for variable in sorted(environ):
-        text = environ[variable].strip()
+    for variable in sorted(name for name in environ if isinstance(cast("object", name), str)):
+        given: object = environ[variable]
+        if not isinstance(given, str):
+            if variable.startswith(PREFIX):
+                problems.append(f"{variable} is {_shown(given)}: a variable is a text.")
+            continue
+        text = given.strip()
         # An empty variable counts as not set, as everywhere in meshkit.
         if not variable.startswith(PREFIX) or not text:
             continue
@@ -668,7 +705,7 @@ class _Making:
             budget = presets.budget_of(self._name, self._clock)
         self._add(options, "retry", budget)
         self._add(options, "hedge", budget)
-        if self._preset == "standard" and "retry" not in options:
+        if self._preset == "standard" and ("retry",) not in self._given:
             options["retry"] = self._retry(dict(presets.KEYWORDS["retry"]), budget)
         allow = {path[1]: given.value for path, given in self._given.items() if path[0] == "allow"}
         if len(self._problems) > before:
