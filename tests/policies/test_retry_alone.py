@@ -1108,3 +1108,25 @@ async def test_what_an_edge_leads_is_disposed_of_where_the_edge_cannot_judge_it(
     with pytest.raises(ZeroDivisionError):
         retry.run_sync(Call("prices", judge=judge, discard=discard), lambda call: "plain response")
     assert ["response", "plain response"] == disposed
+
+
+async def test_an_error_that_is_kept_tells_of_the_last_retry_that_it_came_out_of(clock):
+    """What ended a retry is written on the error itself, so an object that is raised over and over keeps it until the next
+    retry that it comes out of."""
+    kept = ConnectionError("the only one")
+
+    async def fails():
+        raise kept
+
+    with pytest.raises(ConnectionError):
+        await fails()
+    assert retry_end(kept) is None
+    with pytest.raises(ConnectionError):
+        await Pipeline("prices", Retry(attempts=2, backoff=AT_ONCE, clock=clock)).call(fails)
+    assert "attempts" == retry_end(kept)
+    with pytest.raises(ConnectionError):
+        await fails()
+    assert "attempts" == retry_end(kept)
+    with pytest.raises(ConnectionError):
+        await Pipeline("prices", Retry(on=KeyError, clock=clock)).call(fails)
+    assert "not_retryable" == retry_end(kept)

@@ -64,7 +64,9 @@ def retry_end(error: BaseException) -> RetryEnd | None:
     error was `"not_retryable"`. Of retries in each other it is the outermost one's.
 
     Returns:
-        `None` for an error that came out of no retry, or that cannot be written to.
+        `None` for an error that never came out of a retry, or that cannot be written to. It is written on the object: one
+        that a library keeps and raises over and over tells of the last retry that it came out of, also where it comes
+        from elsewhere this time.
     """
     return cast("RetryEnd | None", getattr(error, _END, None))
 
