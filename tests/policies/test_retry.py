@@ -11,11 +11,13 @@ from meshkit import (
     Backoff,
     CircuitOpenError,
     ConfigurationError,
+    DeadlineExceededError,
     Pipeline,
     Retry,
     Scope,
     current_attempt,
     listen,
+    retry_end,
 )
 from meshkit.core.call import Call, Judgement, Outcome
 from meshkit.core.events import RetryEnded, RetryScheduled
@@ -279,8 +281,8 @@ def test_huge_attempt_numbers_do_not_overflow(clock):
         ({"clock": 3}, "^MK100  clock is"),
         ({"clock": None}, "^MK100  clock is"),
         ({"on": ()}, "has none"),
-        ({"on_result": lambda: True}, "on_result is called with the result"),
-        ({"discard": lambda: None}, "discard is called with the result"),
+        ({"on_result": lambda: True}, "^MK100  on_result is called with the result"),
+        ({"discard": lambda: None}, "^MK100  discard is called with the result"),
         ({"on": asyncio.CancelledError}, "never retried"),
         ({"on": OSError, "retry": tenacity.retry_always}, "Give one"),
     ],
@@ -443,3 +445,69 @@ def test_a_default_is_as_good_as_the_same_value_said():
 def test_copies_share_the_one_clock():
     """A policy that was copied or pickled equals the one it was made from."""
     assert Retry() == copy.deepcopy(Retry()) == pickle.loads(pickle.dumps(Retry()))
+
+
+@pytest.mark.parametrize("sync", [False, True])
+@pytest.mark.parametrize(
+    "error", [ConfigurationError("misspelt"), DeadlineExceededError("late")], ids=["wrong", "late"]
+)
+async def test_what_another_attempt_cannot_help_is_not_retried(clock, sync, error):
+    """Without a rule of the user's, what is wrong by construction and what ran out of the request's time come out at
+    once."""
+    tried = []
+
+    def fails():
+        tried.append(current_attempt())
+        raise error
+
+    async def fails_later():
+        fails()
+
+    pipeline = Pipeline("prices", Retry(clock=clock))
+    with pytest.raises(type(error)) as caught:
+        _ = pipeline.call_sync(fails) if sync else await pipeline.call(fails_later)
+    assert (error, [1], "not_retryable") == (caught.value, tried, retry_end(error))
+
+
+@pytest.mark.parametrize("sync", [False, True])
+async def test_each_attempt_whose_result_is_turned_down_has_its_own_end(clock, sync):
+    """It ends as it is disposed of, with all that was asked for within it; whoever asked further out is told of the end of
+    the call."""
+    told = []
+
+    def send(call):
+        for nth in (2, 1):
+            call.on_end(lambda outcome, n=call.attempt, nth=nth: told.append((n, nth, outcome.result)))
+        return "ok" if call.attempt == 3 else f"bad {call.attempt}"
+
+    async def send_later(call):
+        return send(call)
+
+    call = Call("prices")
+    call.on_end(lambda outcome: told.append(("all", outcome.result)))
+    retry = Retry(on_result=lambda result: result != "ok", discard=told.append, clock=clock)
+    result = retry.run_sync(call, send) if sync else await retry.run(call, send_later)
+    first = ["bad 1", (1, 1, "bad 1"), (1, 2, "bad 1"), "bad 2", (2, 1, "bad 2"), (2, 2, "bad 2")]
+    assert first == told
+    call.end(Outcome(result))
+    assert [*first, (3, 1, "ok"), (3, 2, "ok"), ("all", "ok")] == told
+
+
+async def test_the_other_side_that_has_retried_enough_is_what_ended_it(clock):
+    """The error says so, and the event too."""
+    heard, error = [], OSError()
+
+    def judge(outcome):
+        return Judgement(retry=True, exhausted=True, error_type="503")
+
+    async def send(call):
+        raise error
+
+    stop = listen(heard.append, kind=RetryEnded)
+    try:
+        with pytest.raises(OSError):
+            await Retry(clock=clock).run(Call("prices", judge=judge), send)
+    finally:
+        stop()
+    assert "server" == retry_end(error)
+    assert [RetryEnded(source="prices", attempts=1, reason="server", error_type="503")] == heard

@@ -208,14 +208,15 @@ async def test_a_retry_around_a_retry_learns_of_the_breaker(clock):
         assert (reason, 2, 0) == (retry_end(caught.value), len(seen), breaker.counts["rejected"])
 
 
-async def test_what_an_attempt_has_left_behind_is_forgotten_with_the_next(clock):
+@KINDS
+async def test_what_an_attempt_has_left_behind_is_forgotten_with_the_next(clock, sync):
     """A breaker that opened and has closed again during a patient retry ends no other one around it."""
     clock.chance = 0.0
-    fn, seen = scripted(False, ConnectionError(), "odd", "ok")
+    fn, seen = scripted(sync, ConnectionError(), "odd", "ok")
     breaker = CircuitBreaker("b", min_calls=1, open_for=5.0, clock=clock)
     outer = Retry(on_result=lambda result: result == "odd", backoff=AT_ONCE, clock=clock)
     inner = Retry(patient=True, clock=clock)
-    assert "ok" == await Pipeline("x", outer, inner, breaker).call(fn)
+    assert "ok" == await called(Pipeline("x", outer, inner, breaker), sync, fn)
     assert 3 == len(seen)
 
 
@@ -529,3 +530,22 @@ async def test_patience_waits_after_a_result_that_opens_the_breaker_at_its_end(c
     assert 200 == (pipeline.run_sync(call, send) if sync else await pipeline.run(call, asend))
     call.end(Outcome(200))
     assert ([0.1, 4.9], "closed") == ([round(slept, 3) for slept in clock.sleeps], breaker.state)
+
+
+def test_outside_of_any_request_a_refusal_ends_it_all_the_same(clock):
+    """Without a Scope there is nobody to tell of the breaker; in one, a refusal that cannot say when to come back leaves
+    what others have told."""
+    errors = [OSError("real"), refused(3.0)]
+
+    def send(call):
+        raise errors[call.attempt - 1]
+
+    retry = Retry(backoff=AT_ONCE, clock=clock)
+    with pytest.raises(OSError, match="real"):
+        retry.run_sync(Call("prices"), send)
+    errors[1] = BulkheadFullError(policy="b")
+    with scope_open(Scope()) as scope:
+        scope.note_opened(7.0)
+        with pytest.raises(OSError, match="real"):
+            retry.run_sync(Call("prices"), send)
+    assert 7.0 == scope.opened

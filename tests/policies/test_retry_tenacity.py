@@ -381,7 +381,7 @@ async def test_concurrent_calls_share_no_state(clock):
         ({"stop": lambda: True}, "^MK100  stop is called with the state of the retry"),
         ({"retry": lambda state, more: True}, "^MK100  retry is called with the state of the retry"),
         ({"retry": 3}, "^MK100  retry is"),
-        ({"retry": OSError}, r"^MK100  retry is .* Write on=OSError, or retry=retry_if_exception_type\(OSError\)\."),
+        ({"retry": OSError}, r"^MK100  retry is .*\. Write on=OSError, or retry=retry_if_exception_type\(OSError\)\."),
         ({"retry": retry_always, "on_result": bool}, "Give one"),
         ({"retry": retry_always, "on": OSError}, "Give one"),
         ({"wait": wait_none(), "backoff": Backoff(first=1)}, "Give one"),

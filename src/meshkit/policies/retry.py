@@ -181,14 +181,9 @@ class _Unsaid(int):
 
 _BACKOFF: Final = Backoff()
 
-# A union in its place would be made anew for each failure.
+# What is not worth another attempt without a rule of the user's: what is wrong by construction, what was refused, what ran
+# out of the time that a further attempt would need too. A union in its place would be made anew for each failure.
 _NOT_RETRYABLE: Final = (ConfigurationError, RejectedError, DeadlineExceededError)
-
-
-def _retryable(error: BaseException) -> bool:
-    """Whether an error without a rule of the user's is worth another attempt: not what is wrong by construction,
-    not what was refused, not what ran out of the time that a further attempt would need too."""
-    return isinstance(error, Exception) and not isinstance(error, _NOT_RETRYABLE)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -225,7 +220,8 @@ class Retry:
         stop: a tenacity `stop_*` strategy instead of `attempts`.
         budget: retries that the destination bears; share it between all that call there.
         patient: wait for an open breaker (or another refusal) instead of giving up.
-        discard: disposes of a result that `on_result` or `retry` has turned down: a plain or an async function of it.
+        discard: disposes of a result that `on_result` or `retry` has turned down, or failed to judge: a plain or an async
+            function of it.
             What an edge leads, the edge disposes of.
         clock: where time and chance come from.
 
@@ -653,10 +649,12 @@ class _Run:
         self._call = call
         self._started = started
         self._previous: float | None = None
-        self._reason: RetryEnd = "not_retryable"
+        # Known at the end.
+        self._reason: RetryEnd
         self._state: RetryCallState | None = None
         self._turned_down = turned_down
-        self._withdrawn = False
+        # Whether the attempt that is waited for was taken out of the budget.
+        self._withdrawn: bool
         self._keeps = keeps
         # What the last attempt that was not refused came to, while another one is made.
         self._kept: tuple[Outcome, Judgement] | None = None
@@ -762,7 +760,7 @@ class _Run:
         elif self._call.judge is not None:
             wanted = judgement.retry
         else:
-            wanted = error is not None and _retryable(error)
+            wanted = error is not None and not isinstance(error, _NOT_RETRYABLE)
         if not wanted:
             return "not_retryable"
         return "server" if judgement.exhausted else None
