@@ -424,6 +424,32 @@ def retry_alone_that_disposes(world: World) -> Stage:
     return Stage(call=Pipeline("prices", retry)(fn), work=work, policies=(retry,))
 
 
+def _cannot_judge(answer: object) -> bool:
+    raise ZeroDivisionError
+
+
+@scenario
+def retry_that_cannot_judge(world: World) -> Stage:
+    """Nobody gets the first answer either: it is disposed of."""
+    work, retry = world.work(), Retry(on_result=_cannot_judge, clock=world.clock)
+    return Stage(call=lambda: at_an_edge(work, retry), work=work, policies=(retry,))
+
+
+@scenario
+def retry_alone_that_cannot_judge(world: World) -> Stage:
+    work = world.work()
+
+    async def discard(answer: object) -> None:
+        answer.disposed += 1
+        await asyncio.sleep(0)
+
+    async def fn() -> object:
+        return await work.answer()
+
+    retry = Retry(on_result=_cannot_judge, discard=discard, clock=world.clock)
+    return Stage(call=Pipeline("prices", retry)(fn), work=work, policies=(retry,))
+
+
 @scenario
 def retry_of_a_block(world: World) -> Stage:
     budget = RetryBudget("b", ratio=0, at_least=5, clock=world.clock)
