@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 from collections.abc import Awaitable, Callable, Coroutine
 from contextvars import ContextVar, Token
@@ -150,6 +151,12 @@ class Call:
     def again(self) -> Call:
         """The next attempt at the same call. What the one before has left behind is none of its business."""
         return Call(self.name, self.attempt + 1, self.judge, self.discard, self.late, self.stop, self.work)
+
+
+def is_async(fn: object) -> bool:
+    """Whether calling `fn` gives a coroutine: it is a coroutine function, or an object with an async `__call__`."""
+    called = getattr(fn, "__call__", None)  # noqa: B004 - not asked whether it can be called, but how
+    return inspect.iscoroutinefunction(fn) or inspect.iscoroutinefunction(called)
 
 
 def driven(coroutine: Coroutine[Any, Any, T], what: str) -> T:

@@ -7,13 +7,13 @@ no import of whoever emits them.
 
 from __future__ import annotations
 
-import inspect
 import logging
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, TypeVar
 
+from meshkit.core.call import is_async
 from meshkit.errors import ConfigurationError
 
 _log = logging.getLogger("meshkit")
@@ -350,8 +350,7 @@ def listen(listener: Callable[[E], object], *, kind: type[E]) -> Callable[[], No
     Raises:
         ConfigurationError: `listener` is a coroutine function, which nobody would await.
     """
-    called = getattr(listener, "__call__", None)  # noqa: B004 - not asked whether it can be called, but how
-    if inspect.iscoroutinefunction(listener) or inspect.iscoroutinefunction(called):
+    if is_async(listener):
         raise ConfigurationError(
             f"a listener is a plain function, and {listener!r} is a coroutine function.",
             "Have it put the event into an asyncio.Queue, say, and await there.",

@@ -28,7 +28,7 @@ from typing import Any, Final, Literal, ParamSpec, Protocol, Self, TypeVar, cast
 
 import pybreaker
 
-from meshkit.core.call import Call, Judge, Next, NextSync, Outcome
+from meshkit.core.call import Call, Judge, Next, NextSync, Outcome, is_async
 from meshkit.core.clock import SYSTEM_CLOCK, Clock, Timer
 from meshkit.core.events import CircuitChanged, CircuitRejected, CircuitState, emit
 from meshkit.core.pipeline import Pipeline
@@ -369,7 +369,7 @@ class CircuitBreaker:
                 )
         if failed is not None and not callable(failed):
             raise ConfigurationError(f"failed is a function of the outcome, not {failed!r}.")
-        if inspect.iscoroutinefunction(failed) or inspect.iscoroutinefunction(getattr(failed, "__call__", None)):  # noqa: B004
+        if is_async(failed):
             raise ConfigurationError(
                 f"failed is a plain function, and {failed!r} is a coroutine function, which nobody would await."
             )

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from types import MethodType
 from typing import Any, Final, Literal, TypeVar, cast
 
-from meshkit.core.call import Call, Next, NextSync, Outcome
+from meshkit.core.call import Call, Next, NextSync, Outcome, is_async
 from meshkit.core.clock import SYSTEM_CLOCK, Clock, check_clock
 from meshkit.core.events import FallbackUsed, emit, error_type
 from meshkit.core.scope import current_scope
@@ -94,7 +94,7 @@ class LastGood:
             raise ConfigurationError(
                 f"key is a function of the call's arguments, or None for one answer for all, not {key!r}."
             )
-        if inspect.iscoroutinefunction(key) or inspect.iscoroutinefunction(getattr(key, "__call__", None)):  # noqa: B004
+        if is_async(key):
             raise ConfigurationError(
                 f"key is a plain function, and {key!r} is a coroutine function, which nobody would await."
             )

@@ -15,7 +15,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Coroutine, Hashable
 from typing import Any, Final, Generic, Literal, ParamSpec, TypeVar, cast
 
-from meshkit.core.call import NO_WORK, Call, Next, NextSync
+from meshkit.core.call import NO_WORK, Call, Next, NextSync, is_async
 from meshkit.core.clock import SYSTEM_CLOCK, Clock, check_clock
 from meshkit.core.pipeline import Pipeline, check_name
 from meshkit.errors import ConfigurationError
@@ -179,7 +179,7 @@ class CircuitBreakers:
                 f"key is a function that gets the arguments of the call and returns its key, not {key!r}.",
                 "For the first argument: key=lambda first, *rest: first.",
             )
-        if inspect.iscoroutinefunction(key) or inspect.iscoroutinefunction(getattr(key, "__call__", None)):  # noqa: B004
+        if is_async(key):
             raise ConfigurationError(
                 f"key returns the key of a call at once, and {key!r} is a coroutine function: each call would be a key.",
                 "Await what the key needs before the call, and hand it over as an argument.",

@@ -22,6 +22,7 @@ from meshkit.core.call import (
     NextSync,
     Outcome,
     driven,
+    is_async,
     leave_attempt,
     numbered,
 )
@@ -294,7 +295,7 @@ class Retry:
             if not callable(function):
                 raise ConfigurationError(f"{what} is a function of the result, not {function!r}.")
             _check_asked(what, function, "the result")
-        if inspect.iscoroutinefunction(self.on_result):
+        if is_async(self.on_result):
             raise ConfigurationError(
                 "on_result is a plain function: nobody awaits it.", "tenacity.asyncio.retry_if_result awaits its own."
             )
