@@ -21,7 +21,9 @@ TOOLS = {"bench", "test", "check"}
 TESTS = ROOT / "tests"
 FEW = ["core", "cli", "worker"]
 # These read the repository, or need nothing but the standard library.
-AT_HOME = {"core", "docs", "ground", "house", "pack"}
+AT_HOME = {"core", "docs", "ground", "house", "pack", "policies"}
+# The policies that stand on a library: pybreaker and tenacity.
+ON_A_LIBRARY = ["test_circuit_breaker.py", "test_breaker_hands.py", "test_retry_tenacity.py", "test_shared_state.py"]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 
 
@@ -121,6 +123,7 @@ def test_the_wheel_works_in_an_empty_environment(wheel: Path, versions: str, tmp
     """Installed alone it does its work; with its extras beside it so do the tests that need no server: a few with the
     newest libraries, which all other runs have too, and with the lowest all that stand on a library."""
     folders = FEW if versions == "newest" else [folder for folder in sorted(TESTS.iterdir()) if has_tests(folder)]
+    files = [] if versions == "newest" else [TESTS / "policies" / name for name in ON_A_LIBRARY]
     constraints = ("--constraint", LOWEST) if versions == "lowest" else ()
     python = _make_environment(tmp_path / "environment")
     _install(python, wheel, *constraints)
@@ -138,5 +141,6 @@ def test_the_wheel_works_in_an_empty_environment(wheel: Path, versions: str, tmp
         "-c",
         ROOT / "pyproject.toml",
         *(TESTS / folder for folder in folders),
+        *files,
         cwd=tmp_path,
     )
