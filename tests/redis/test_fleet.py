@@ -109,6 +109,7 @@ async def test_a_force_open_reaches_every_process(fleet: list[Member], operator:
     # Neither took over the other's trip.
     fleet[0].asked("fail")
     await until(fleet[:1], lambda answer: answer["state"] == "open")
+    # Nothing is to happen, so there is nothing to wait for: a few rounds of a real store, in real processes.
     await asyncio.sleep(0.5)
     assert "closed" == fleet[1].asked()["state"]
     for member in fleet:
@@ -121,6 +122,7 @@ async def test_calls_go_on_while_redis_hangs(fleet: list[Member], operator: Shar
     await until(fleet, lambda answer: answer["store"])
     os.kill(server.pid, signal.SIGSTOP)
     before = await until(fleet, lambda answer: answer["state"] == "closed")
+    # Long enough for each process to have called often; the processes and the store are real, and so is their time.
     await asyncio.sleep(1.0)
     for member, earlier in zip(fleet, before, strict=True):
         answer = member.asked()

@@ -100,3 +100,11 @@ def check_clock(clock: object) -> None:
             f"clock is where the time comes from, and {clock!r} is none.",
             "Leave it out, or give an object with the methods of meshkit.core.clock.Clock: ManualClock() in a test.",
         )
+
+
+def running_loop() -> asyncio.AbstractEventLoop | None:
+    """The event loop that runs in this thread, if one does."""
+    try:
+        return asyncio.get_running_loop()
+    except RuntimeError:
+        return None

@@ -10,7 +10,7 @@ from collections import OrderedDict
 from typing import Literal, TypeVar, cast
 
 from meshkit.core.call import Call, Next, NextSync, Outcome
-from meshkit.core.clock import SYSTEM_CLOCK, Clock, check_clock
+from meshkit.core.clock import SYSTEM_CLOCK, Clock, check_clock, running_loop
 from meshkit.core.events import BulkheadRejected, emit
 from meshkit.core.scope import current_scope
 from meshkit.core.trace import TRACING, tracer
@@ -55,7 +55,7 @@ class _Waiter:
         if future.done():
             # Cancelled, and not come to leave yet.
             return False
-        if _running_loop() is self.loop:
+        if running_loop() is self.loop:
             future.set_result(None)
             return True
         try:
@@ -69,13 +69,6 @@ class _Waiter:
 def _settle(future: asyncio.Future[None]) -> None:
     if not future.done():
         future.set_result(None)
-
-
-def _running_loop() -> asyncio.AbstractEventLoop | None:
-    try:
-        return asyncio.get_running_loop()
-    except RuntimeError:
-        return None
 
 
 class Bulkhead:

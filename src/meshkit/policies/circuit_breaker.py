@@ -68,7 +68,8 @@ class CircuitOpenError(RejectedError, pybreaker.CircuitBreakerError):
     remedy = ""
 
     # While a breaker is open, these are made by the thousand and never printed: their facts stay in `args`, where
-    # `BaseException.__new__` puts them, and the text is made in `__str__`.
+    # `BaseException.__new__` puts them, and the text is made in `__str__`. So two attributes of the base are properties
+    # here, which a type checker takes for something else.
 
     def __init__(self, *, policy: str, retry_after: float | None, state: CircuitState = "open") -> None:
         self.args = (policy, retry_after, state)

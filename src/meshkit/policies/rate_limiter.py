@@ -10,7 +10,7 @@ from collections import OrderedDict
 from typing import TypeVar, cast
 
 from meshkit.core.call import Call, Next, NextSync
-from meshkit.core.clock import SYSTEM_CLOCK, Clock, Timer, check_clock
+from meshkit.core.clock import SYSTEM_CLOCK, Clock, Timer, check_clock, running_loop
 from meshkit.core.events import RateLimited, emit
 from meshkit.core.scope import current_scope
 from meshkit.core.trace import TRACING, tracer
@@ -371,7 +371,7 @@ class RateLimiter:
         if waiter.loop is None:
             assert waiter.event is not None
             waiter.event.set()
-        elif _running_loop() is waiter.loop:
+        elif running_loop() is waiter.loop:
             self._called(waiter)
         else:
             try:
@@ -406,10 +406,3 @@ class RateLimiter:
             policy=self.name,
             retry_after=retry_after,
         )
-
-
-def _running_loop() -> asyncio.AbstractEventLoop | None:
-    try:
-        return asyncio.get_running_loop()
-    except RuntimeError:
-        return None
